@@ -1,0 +1,55 @@
+"""The operations a family's functions are written in; each rung of the ladder brings its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afq_export.arch.config import DecoderConfig
+
+Weights = Mapping[str, Tensor]
+"""Tensors of one block (or of the embedding, or of the head) by role: `q_proj.weight` [O, I], `attn_norm.weight` [D]."""
+
+
+class Ops(Protocol):
+    """What a block needs to be computed. `role` is a linear's or a norm's name within the block."""
+
+    def linear(self, role: str, x: Tensor) -> Tensor:
+        """`x [..., I]` to `[..., O]`."""
+
+    def norm(self, role: str, x: Tensor) -> Tensor:
+        """RMSNorm or LayerNorm over the last dimension, weights included."""
+
+    def activation(self, x: Tensor) -> Tensor:
+        """The MLP's nonlinearity."""
+
+
+class FloatOps:
+    """Plain floating point in the dtype of the weights: the reference for every other rung."""
+
+    def __init__(self, config: DecoderConfig, weights: Weights) -> None:
+        self.config, self.weights = config, weights
+
+    def linear(self, role: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
+
+    def norm(self, role: str, x: Tensor) -> Tensor:
+        weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
+        if self.config.family == "opt":
+            return F.layer_norm(x, (x.shape[-1],), weight, bias, self.config.norm_eps)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
+        return y if bias is None else y + bias
+
+    def activation(self, x: Tensor) -> Tensor:
+        return activate(self.config.activation, x)
+
+
+def activate(name: str, x: Tensor) -> Tensor:
+    """The nonlinearity called `name` in the configuration."""
+    if name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    return {"silu": F.silu, "relu": F.relu, "gelu": F.gelu}[name](x)

@@ -1,0 +1,118 @@
+"""A recipe says how to quantize: a scheme (bits and grids) and a method (transforms and how they are learned).
+
+On the command line `w4a8-g32` is a scheme with its default method, `w4a8-g32+omniquant` names both, and a path is a
+TOML file of this form; it may start from shipped ones with `scheme = "..."` and `method = "..."` and change any field.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from afq_export.spec.strict import Data
+
+Bits = Annotated[int, Meta(ge=2, le=8)]
+Count = Annotated[int, Meta(ge=1)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(gt=0, le=1)]
+
+
+class Weights(Data):
+    """Grid of the block linears' weights: `bits`, and `group` input features a scale (0: one scale per row)."""
+
+    bits: Bits
+    group: Annotated[int, Meta(ge=0)] = 0
+    symmetric: bool = True
+
+
+class Activations(Data):
+    """Grid of the linears' inputs: `dynamic` per token, `static` per tensor from calibration, or `none` (float)."""
+
+    mode: Literal["dynamic", "static", "none"] = "dynamic"
+    bits: Annotated[int, Meta(ge=2, le=16)] = 8
+
+
+class Embedding(Data):
+    """Token embedding rows: 4 or 8 bits with one scale per row (`group` 0) or per `group` columns; 32 is float."""
+
+    bits: Literal[4, 8, 32] = 8
+    group: Annotated[int, Meta(ge=0)] = 0
+
+
+class Override(Data):
+    """Other bits or groups for the linears whose name matches `pattern` (shell style: `blocks.*.down_proj`)."""
+
+    pattern: str
+    bits: Bits | None = None
+    group: Annotated[int, Meta(ge=0)] | None = None
+
+
+class Transforms(Data):
+    """Which form of transform each fold site gets; `off` leaves the site alone.
+
+    `affine` is a full matrix per head (tied over the query heads of a KV head); where only a scaled rotation per RoPE
+    pair commutes it is that; where no matrix folds exactly it is refused with the reason (see arch/*.fold_sites).
+    `shift` learns a shift where one folds. `start` is the diagonal's first value: ones, SmoothQuant's
+    `act^p / weight^(1-p)` with p = `power`, or `search`: AWQ's grid over p with the least block error.
+    """
+
+    norm_to_linears: Literal["off", "diagonal", "affine"] = "off"
+    v_to_o: Literal["off", "diagonal", "affine", "permutation"] = "off"
+    q_to_k: Literal["off", "diagonal", "affine"] = "off"
+    up_to_down: Literal["off", "diagonal", "affine", "permutation"] = "off"
+    shift: bool = False
+    start: Literal["ones", "smoothquant", "search"] = "ones"
+    power: Annotated[float, Meta(ge=0, le=1)] = 0.5
+
+
+class Learning(Data):
+    """How transforms and clipping are learned, block by block (AffineQuant, arXiv 2403.12544, section 3).
+
+    `epochs` 0: nothing is learned, the start values stand. `batch` is windows a step. `stability_factor` is alpha of
+    the gradual mask: it damps all off-diagonal entries. `clipping` learns the weight ranges (LWC). `augmented_loss`
+    adds the distance to the float block on the quantized path's own input. `schedule` is the learning rate's course.
+    """
+
+    epochs: Annotated[int, Meta(ge=0)] = 0
+    batch: Count = 4
+    learning_rate: NonNegative = 5e-3
+    clipping_rate: NonNegative = 1e-2
+    weight_decay: NonNegative = 0.0
+    stability_factor: Annotated[float, Meta(ge=0, le=1)] = 0.1
+    clipping: bool = True
+    augmented_loss: bool = True
+    schedule: Literal["constant", "cosine"] = "cosine"
+    autocast: Literal["float32", "bfloat16"] = "float32"
+
+
+class Ranges(Data):
+    """Static activation ranges: the extremes seen, or the range with the least squared error on them."""
+
+    method: Literal["minmax", "mse"] = "mse"
+
+
+class Samples(Data):
+    """What is calibrated on: `windows` windows of `length` tokens, evenly spaced over the corpus."""
+
+    windows: Count = 32
+    length: Annotated[int, Meta(ge=2)] = 256
+
+
+class Recipe(Data):
+    """The whole of it. `fallback` says what happens to a linear whose grid the target has no kernel for:
+    `per_channel` tries one scale per row with the same bits, `int8` then 8 bits per row, `refuse` stops."""
+
+    name: str
+    description: str = ""
+    weights: Weights
+    activations: Activations
+    embedding: Embedding = Embedding()
+    head: Weights = Weights(bits=8)
+    override: tuple[Override, ...] = ()
+    fallback: Literal["per_channel", "int8", "refuse"] = "per_channel"
+    transforms: Transforms = Transforms()
+    learning: Learning = Learning()
+    ranges: Ranges = Ranges()
+    samples: Samples = Samples()
+    rounding: Literal["nearest"] = "nearest"

@@ -1,0 +1,46 @@
+"""Strict reading of TOML files into frozen structs (msgspec): unknown keys and wrong types name file and key."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from afq_export.errors import InputError
+
+T = TypeVar("T")
+
+MAX_TOML_BYTES = 1 << 20
+"""A recipe, target or corpus file beyond 1 MiB is not one; it is refused before it is parsed."""
+
+
+class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every spec struct: immutable, closed (an unknown key is an error)."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The parsed TOML of `path`. Raises InputError when it cannot be read or parsed."""
+    try:
+        if path.stat().st_size > MAX_TOML_BYTES:
+            raise InputError("file too large", where=str(path), why=f"more than {MAX_TOML_BYTES} bytes of TOML")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("cannot read file", where=str(path), why=error.strerror or str(error)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError("not valid TOML", where=str(path), why=str(error) or "nested too deeply") from error
+
+
+def convert(data: Any, kind: type[T], where: str) -> T:
+    """`data` as an instance of `kind`; `where` names its origin in the error."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise InputError("does not fit", where=where, why=str(error), do=_hint(kind, str(error))) from error
+
+
+def _hint(kind: type, message: str) -> str:
+    """The keys that there are, when the message is about an unknown one at the top level."""
+    fields = getattr(kind, "__struct_fields__", ())
+    return f"known keys here: {', '.join(fields)}" if "unknown field" in message and "at `" not in message else ""

@@ -1,0 +1,183 @@
+"""The arithmetic of XNNPACK's four int8-activation linear kernels, exactly.
+
+    kernel          arithmetic            accumulator             output
+    qd8-f32-qc8w    dynamic_per_channel   int32                   float32: fma(float(acc) * step, scale, bias)
+    qd8-f32-qc4w    dynamic_per_channel   int32                   the same
+    qd8-f32-qb4w    dynamic_per_group     int32 a group, float32  float32: one fma a group, then * step, + bias
+    qs8-qc8w        static_per_channel    int32, bias included    int8: round(float(acc) * scale) + zero point
+
+Sources: XNNPACK `src/qs8-gemm/MRx16c8-avx512vnni.c.in`, `xnn_f32_qd8_asymmetric_quantization_params` and ExecuTorch's
+`backends/xnnpack/operators/quant_params.py` (bias); each model is compared with the real runtime by
+tests/validate/test_xnnpack_runtime.py. Integers are computed in float64: they are exact there, because they stay
+within int32 (`_check_range`) and int32 within 2^53, and it is as fast as an int8 matmul is on a CPU.
+
+The per-channel kernels round in one chain that all instruction sets share. The order in which `dynamic_per_group`
+adds its groups in float32 is that of x86 with AVX512-VNNI; the integers and scales are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from afq_export.errors import InputError
+from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
+from afq_export.validate.integer.float32 import fma
+
+QMIN, QMAX = -128, 127
+INT32_MAX = 2**31 - 1
+GROUP_TOKENS = 64
+"""Tokens that the per-group model takes at a time, so that the running sums stay in the cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCodes:
+    """Activations on an int8 grid: `x ~ step * (code - zero_point)`.
+
+    `codes` [T, I] and `zero_point` [T, 1] are whole numbers held in float32; `step` [T, 1] is float32.
+    """
+
+    codes: Tensor
+    zero_point: Tensor
+    step: Tensor
+
+    def dequantized(self) -> Tensor:
+        """Float32 [T, I]."""
+        return (self.codes - self.zero_point) * self.step
+
+
+def quantize_tokens(x_TI: Tensor) -> TokenCodes:
+    """XNNPACK's dynamic quantization: one asymmetric int8 grid per token, every operation in float32.
+
+    The range always contains 0; the zero point is nudged from the end of the range that has the larger error.
+    A token whose range is below 255 / 3.4e38 has no finite scale in float32, here as in the kernel.
+    """
+    low, high = x_TI.amin(-1, keepdim=True).clamp(max=0), x_TI.amax(-1, keepdim=True).clamp(min=0)
+    scale = torch.where(low == high, 1.0, (QMAX - QMIN) / (high - low))
+    from_low, from_high = low * scale, high * scale
+    low_error, high_error = QMIN + from_low, QMAX + from_high
+    zero_point = torch.where(low_error + high_error > 0, QMIN - from_low, QMAX - from_high)
+    zero_point = zero_point.clamp(QMIN, QMAX).round()
+    codes = ((x_TI * scale).round() + zero_point).clamp(QMIN, QMAX)
+    return TokenCodes(codes, zero_point, 1.0 / scale)
+
+
+def quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
+    """int8 codes of `x` on a stored grid, as whole float32: `round(x * (1 / scale)) + zero_point`, saturated.
+
+    The kernel multiplies by the float32 reciprocal; dividing gives other codes at the ties.
+    """
+    inverse = 1.0 / torch.tensor(grid.scale, dtype=torch.float32)
+    return ((x * inverse).round() + grid.zero_point).clamp(QMIN, QMAX)
+
+
+def dequantize_static(codes: Tensor, grid: StaticRange) -> Tensor:
+    """Float32 of int8 codes on a stored grid."""
+    return (codes - grid.zero_point) * torch.tensor(grid.scale, dtype=torch.float32)
+
+
+def dynamic_per_channel(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
+    """qd8-f32-qc8w and qd8-f32-qc4w: float32 [T, O]."""
+    tokens = quantize_tokens(x_TI)
+    sums_TO = _dot(tokens.codes - tokens.zero_point, linear.codes)
+    scaled_TO = sums_TO.float() * tokens.step
+    return fma(scaled_TO, linear.scales[:, 0], _bias(linear))
+
+
+def dynamic_per_group(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
+    """qd8-f32-qb4w: float32 [T, O]. Scales are bfloat16 numbers in float32."""
+    tokens, group = quantize_tokens(x_TI), linear.spec.weight.group
+    codes_GOi = _grouped(linear.codes.double(), group)
+    scales_GO = linear.scales.t().contiguous()
+    unsigned_TI = tokens.codes - QMIN
+    start_T1 = QMIN - tokens.zero_point
+    weight_sum_O = torch.zeros_like(scales_GO[0])
+    for sums_O, scale_O in zip(codes_GOi.sum(-1).float(), scales_GO, strict=True):
+        weight_sum_O = weight_sum_O + sums_O * scale_O
+    chunks = [
+        _add_groups(start * weight_sum_O, _grouped(part.double(), group), codes_GOi, scales_GO) * step
+        for part, start, step in zip(
+            unsigned_TI.split(GROUP_TOKENS),
+            start_T1.split(GROUP_TOKENS),
+            tokens.step.split(GROUP_TOKENS),
+            strict=True,
+        )
+    ]
+    return torch.cat(chunks) + _bias(linear)
+
+
+def static_per_channel(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
+    """qs8-qc8w between its float borders: quantize, multiply, requantize, dequantize. Float32 [T, O]."""
+    source, target = _ranges(linear)
+    codes_TO = static_codes(linear, quantize_static(x_TI, source))
+    return dequantize_static(codes_TO, target)
+
+
+def static_codes(linear: QuantizedLinear, codes_TI: Tensor) -> Tensor:
+    """qs8-qc8w itself: int8 codes in, int8 codes out [T, O], both as whole float32."""
+    source, target = _ranges(linear)
+    input_scale, output_scale = torch.tensor([source.scale, target.scale], dtype=torch.float32)
+    scales_O = linear.scales[:, 0]
+    sums_TO = _dot(codes_TI - source.zero_point, linear.codes)
+    if linear.bias is not None:
+        # Lowering stores the bias as int32 in units of one product; it multiplies by the reciprocal.
+        sums_TO = _check_range(sums_TO + (linear.bias * (1.0 / (scales_O * input_scale))).round())
+    requantization_O = input_scale * scales_O / output_scale
+    return ((sums_TO.float() * requantization_O).round() + target.zero_point).clamp(QMIN, QMAX)
+
+
+ARITHMETICS: dict[str, Callable[[QuantizedLinear, Tensor], Tensor]] = {
+    "dynamic_per_channel": dynamic_per_channel,
+    "dynamic_per_group": dynamic_per_group,
+    "static_per_channel": static_per_channel,
+}
+"""`Kernel.arithmetic` -> float32 [T, I] to float32 [T, O]. Adding an arithmetic is adding a function and its line."""
+
+
+def integer_linear(arithmetic: str, linear: QuantizedLinear, x: Tensor) -> Tensor:
+    """What the kernel gives for float32 `x [..., I]`: float32 `[..., O]`. Raises InputError on an unknown arithmetic."""
+    if arithmetic not in ARITHMETICS:
+        raise InputError(
+            "no integer model", where=linear.spec.name, why=f"arithmetic {arithmetic!r}", do=f"one of {', '.join(ARITHMETICS)}"
+        )
+    out = ARITHMETICS[arithmetic](linear, x.reshape(-1, x.shape[-1]))
+    return out.view(*x.shape[:-1], out.shape[-1])
+
+
+def _dot(x_TI: Tensor, codes_OI: Tensor) -> Tensor:
+    """Exact integer dot products [T, O], in float64."""
+    return _check_range(x_TI.double() @ codes_OI.double().t())
+
+
+def _check_range(sums: Tensor) -> Tensor:
+    """`sums`, all of which the kernel's int32 holds; beyond it the kernel would wrap around and this model is wrong."""
+    if sums.numel() and float(sums.abs().max()) > INT32_MAX:
+        raise InputError("int32 accumulator overflows", why=f"a sum of {float(sums.abs().max()):.0f}")
+    return sums
+
+
+def _add_groups(total_TO: Tensor, x_GTi: Tensor, codes_GOi: Tensor, scales_GO: Tensor) -> Tensor:
+    """`total + sum_g scale_g * (x_g . codes_g)` in float32: groups in order, one fused multiply-add each."""
+    for x_Ti, codes_Oi, scale_O in zip(x_GTi, codes_GOi, scales_GO, strict=True):
+        total_TO = fma((x_Ti @ codes_Oi.t()).float(), scale_O, total_TO)
+    return total_TO
+
+
+def _grouped(rows: Tensor, group: int) -> Tensor:
+    """[R, I] as [G, R, group]."""
+    return rows.view(rows.shape[0], -1, group).transpose(0, 1).contiguous()
+
+
+def _bias(linear: QuantizedLinear) -> Tensor:
+    return torch.zeros(linear.codes.shape[0]) if linear.bias is None else linear.bias
+
+
+def _ranges(linear: QuantizedLinear) -> tuple[StaticRange, StaticRange]:
+    """The static grids of input and output. Raises InputError when the checkpoint lacks one."""
+    source, target = linear.record.input, linear.record.output
+    if source is None or target is None:
+        raise InputError("no static activation range", where=linear.spec.name, do="calibrate with a static recipe")
+    return source, target
