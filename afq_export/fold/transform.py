@@ -28,6 +28,11 @@ class SiteTransform:
         """A^-1 of a PER_HEAD or ROPE_PAIRS matrix [heads, d, d]."""
         return torch.linalg.inv(self.matrix) if self.inverse is None else self.inverse
 
+    def detached(self) -> SiteTransform:
+        """The same numbers without their graph, and without the inverse: what is saved."""
+        shift = None if self.shift is None else self.shift.detach().clone()
+        return SiteTransform(self.form, self.matrix.detach().clone(), shift)
+
     def to(self, dtype: torch.dtype) -> SiteTransform:
         """The same transform in another dtype; the inverse is dropped, to be computed in it."""
         matrix = self.matrix if self.form is Form.PERMUTATION else self.matrix.to(dtype)

@@ -1,27 +1,31 @@
 """QuantizedCheckpoint: integers, scales and float leftovers, independent of any runtime.
 
-On disk: `model.safetensors` (codes int8 [O, I] unpacked, scales float32 [O, G], biases, norms, embedding) and
-`quant.json` (configuration, specs, kernels, provenance). Reading back gives the same object to the bit.
+On disk: one `block-000.safetensors` per block and `outer.safetensors` (embedding, head), holding codes int8 [O, I]
+unpacked, scales float32 [O, G], biases and norms; `quant.json` has configuration, grids, kernels, digests, provenance.
+Reading back gives the same tensors to the bit, one block at a time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.errors import InputError
+from afq_export.files import folder_beside, sha256_file, write_text
 from afq_export.spec.quant import LinearSpec, linear_name
 from afq_export.spec.strict import Data
 
 FORMAT = 1
+OUTER = "outer.safetensors"
 
 
 class StaticRange(Data):
@@ -32,8 +36,10 @@ class StaticRange(Data):
 
 
 class LinearRecord(Data):
-    """What quant.json holds of a linear. `input`/`output`: static activation grids. `note`: why another grid was
-    taken than the recipe's."""
+    """What quant.json holds of a linear: its grids, the target's kernel, static activation grids.
+
+    `note` says why another grid was taken than the recipe's, empty when none was.
+    """
 
     spec: LinearSpec
     kernel: str
@@ -59,10 +65,15 @@ class QuantizedLinear:
         """`scale * code`, float32 [O, I]."""
         return dequantize(self.codes, self.scales, self.spec.weight.group)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors under the names of the file."""
+        named = {"codes": self.codes, "scales": self.scales, "bias": self.bias}
+        return {f"{self.spec.name}.{key}": t.contiguous() for key, t in named.items() if t is not None}
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedEmbedding:
-    """Token rows: codes int8 [V, D] and scales float32 [V, G] (`bits` 4 or 8), or float rows (`bits` 32)."""
+    """Token rows: codes int8 [V, D] and scales float32 [V, G] (`bits` 4 or 8), or float rows in `codes` (`bits` 32)."""
 
     bits: int
     group: int
@@ -71,27 +82,44 @@ class QuantizedEmbedding:
 
     def dequantized(self) -> Tensor:
         """Float32 rows [V, D]."""
-        if self.scales is None:
-            return self.codes.float()
-        return dequantize(self.codes, self.scales, self.group)
+        return self.codes.float() if self.scales is None else dequantize(self.codes, self.scales, self.group)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors under the names of the file."""
+        named = {"embed_tokens.codes": self.codes, "embed_tokens.scales": self.scales}
+        return {key: t.contiguous() for key, t in named.items() if t is not None}
+
+
+class QuantFile(Data):
+    """The content of quant.json."""
+
+    format: int
+    config: dict[str, Any]
+    linears: tuple[LinearRecord, ...]
+    embedding_bits: int
+    embedding_group: int
+    provenance: dict[str, Any]
+    sha256: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A quantized decoder, read lazily from `folder`. `digest` is the sha256 of its two files."""
+    """A quantized decoder, read lazily from `folder`. `digest` is the sha256 of quant.json, which names the others'."""
 
     folder: Path
     config: DecoderConfig
     records: dict[str, LinearRecord]
     embedding_bits: int
     embedding_group: int
-    provenance: dict
+    provenance: dict[str, Any]
     digest: str
 
     def linear(self, name: str) -> QuantizedLinear:
         """The linear called `blocks.<i>.<role>` or `lm_head`."""
-        tensors = self._tensors(f"{name}.")
-        return QuantizedLinear(self.records[name], tensors["codes"], tensors["scales"], tensors.get("bias"))
+        record = self.records[name]
+        file = OUTER if record.spec.block is None else _block_file(record.spec.block)
+        tensors = self._read(file, f"{name}.")
+        return QuantizedLinear(record, tensors["codes"], tensors["scales"], tensors.get("bias"))
 
     def block(self, index: int) -> dict[str, QuantizedLinear]:
         """The linears of block `index` by role."""
@@ -100,76 +128,92 @@ class QuantizedCheckpoint:
 
     def block_floats(self, index: int) -> dict[str, Tensor]:
         """Float tensors of block `index`: norms, as `attn_norm.weight`."""
-        return self._tensors(f"blocks.{index}.", floats=True)
+        return self._read(_block_file(index), "float.")
 
     def embedding(self) -> QuantizedEmbedding:
         """Token rows."""
-        tensors = self._tensors("embed_tokens.")
-        return QuantizedEmbedding(
-            self.embedding_bits, self.embedding_group, tensors["codes"], tensors.get("scales")
-        )
+        tensors = self._read(OUTER, "embed_tokens.")
+        return QuantizedEmbedding(self.embedding_bits, self.embedding_group, tensors["codes"], tensors.get("scales"))
 
     def embedding_floats(self) -> dict[str, Tensor]:
-        """`embed_positions.weight` where the family has learned positions."""
-        return self._tensors("embedding.", floats=True)
+        """`embed_positions.weight` where the family has learned positions, else nothing."""
+        return self._read(OUTER, "embedding.float.")
 
     def head_floats(self) -> dict[str, Tensor]:
         """`final_norm.weight` (and bias)."""
-        return self._tensors("head.", floats=True)
+        return self._read(OUTER, "head.float.")
 
-    def names(self) -> Iterator[str]:
-        """Names of all quantized linears, in the order in which they run."""
-        yield from self.records
-
-    def _tensors(self, prefix: str, floats: bool = False) -> dict[str, Tensor]:
-        """Tensors under `prefix`, prefix removed; with `floats`, only those that no linear owns."""
-        path = self.folder / "model.safetensors"
+    def _read(self, file: str, prefix: str) -> dict[str, Tensor]:
+        """Tensors of `file` under `prefix`, prefix removed."""
+        path = self.folder / file
         try:
-            with safe_open(path, framework="pt") as file:
-                keys = [key for key in file.keys() if key.startswith(prefix)]
-                if floats:
-                    keys = [key for key in keys if key.rsplit(".", 1)[0] not in self.records]
-                return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
+            with safe_open(path, framework="pt") as tensors:
+                keys = [key for key in tensors.keys() if key.startswith(prefix)]
+                return {key.removeprefix(prefix): tensors.get_tensor(key) for key in keys}
         except (OSError, SafetensorError) as error:
             raise InputError("cannot read the quantized checkpoint", where=str(path), why=str(error)) from error
 
 
-class QuantFile(Data):
-    """The content of quant.json."""
+@dataclasses.dataclass(frozen=True)
+class QuantizedPart:
+    """One file's content: linears in running order and float tensors by their full name in the file."""
 
-    format: int
-    config: dict
-    linears: tuple[LinearRecord, ...]
-    embedding_bits: int
-    embedding_group: int
-    provenance: dict
-    tensors_sha256: str
+    linears: tuple[QuantizedLinear, ...]
+    floats: dict[str, Tensor]
 
 
-def dequantize(codes_OI: Tensor, scales_OG: Tensor, group: int) -> Tensor:
-    """`scale * code` in float32, the scale of each group of `group` columns (0: one group)."""
-    if not group:
-        return codes_OI.float() * scales_OG
-    return codes_OI.float() * scales_OG.repeat_interleave(group, dim=1)[:, : codes_OI.shape[1]]
+def write_checkpoint(
+    folder: Path,
+    config: DecoderConfig,
+    blocks: Iterable[QuantizedPart],
+    embedding: QuantizedEmbedding,
+    outer: QuantizedPart,
+    provenance: dict[str, Any],
+) -> QuantizedCheckpoint:
+    """Writes a checkpoint to `folder`, whole or not at all, block by block, and opens it.
+
+    Float names: `float.<role>.<kind>` in a block; `embedding.float.*` and `head.float.*` in `outer`.
+    """
+    with folder_beside(folder) as part_folder:
+        records: list[LinearRecord] = []
+        digests: dict[str, str] = {}
+
+        def save(file: str, part: QuantizedPart, more: dict[str, Tensor]) -> None:
+            tensors = more | {key: tensor.contiguous() for key, tensor in part.floats.items()}
+            for linear in part.linears:
+                tensors |= linear.tensors()
+                records.append(linear.record)
+            save_file(tensors, part_folder / file)
+            digests[file] = sha256_file(part_folder / file)
+
+        for index, block in enumerate(blocks):
+            save(_block_file(index), block, {})
+        save(OUTER, outer, embedding.tensors())
+        content = QuantFile(
+            FORMAT, config.to_dict(), tuple(records), embedding.bits, embedding.group, provenance, digests
+        )
+        write_text(part_folder / "quant.json", msgspec.json.format(msgspec.json.encode(content)).decode() + "\n")
+    return open_checkpoint(folder)
 
 
 def open_checkpoint(folder: Path) -> QuantizedCheckpoint:
-    """Opens a checkpoint written by `quantize`. Raises InputError when it is not one or its tensors were changed."""
-    from afq_export.files import sha256_file
-
+    """Opens a checkpoint written by `write_checkpoint`. Raises InputError when it is not one or a file was changed."""
     path = folder / "quant.json"
     try:
         data = msgspec.json.decode(path.read_bytes(), type=QuantFile)
         config = DecoderConfig.from_dict(data.config)
     except OSError as error:
         raise InputError("no quantized checkpoint", where=str(folder), why=error.strerror or str(error)) from error
-    except (msgspec.DecodeError, TypeError, KeyError, json.JSONDecodeError) as error:
+    except (msgspec.DecodeError, TypeError, KeyError) as error:
         raise InputError("quant.json does not fit", where=str(path), why=str(error)) from error
     if data.format != FORMAT:
         raise InputError("unknown format", where=str(path), why=f"format {data.format}, this version reads {FORMAT}")
-    digest = sha256_file(folder / "model.safetensors")
-    if digest != data.tensors_sha256:
-        raise InputError("tensors changed", where=str(folder), why="model.safetensors is not what quant.json names")
+    expected = {_block_file(index) for index in range(config.layers)} | {OUTER}
+    for file in sorted(expected):
+        if not (folder / file).is_file():
+            raise InputError("the quantized checkpoint is not complete", where=str(folder / file))
+        if sha256_file(folder / file) != data.sha256.get(file):
+            raise InputError("a file was changed", where=str(folder / file), why="its sha256 is not quant.json's")
     return QuantizedCheckpoint(
         folder=folder,
         config=config,
@@ -179,3 +223,14 @@ def open_checkpoint(folder: Path) -> QuantizedCheckpoint:
         provenance=data.provenance,
         digest=sha256_file(path),
     )
+
+
+def dequantize(codes_OI: Tensor, scales_OG: Tensor, group: int) -> Tensor:
+    """`scale * code` in float32, the scale of each group of `group` columns (0: one scale per row)."""
+    if not group:
+        return codes_OI.float() * scales_OG
+    return codes_OI.float() * scales_OG.repeat_interleave(group, dim=1)[:, : codes_OI.shape[1]]
+
+
+def _block_file(index: int) -> str:
+    return f"block-{index:03d}.safetensors"

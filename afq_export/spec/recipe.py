@@ -70,8 +70,10 @@ class Learning(Data):
     """How transforms and clipping are learned, block by block (AffineQuant, arXiv 2403.12544, section 3).
 
     `epochs` 0: nothing is learned, the start values stand. `batch` is windows a step. `stability_factor` is alpha of
-    the gradual mask: it damps all off-diagonal entries. `clipping` learns the weight ranges (LWC). `augmented_loss`
-    adds the distance to the float block on the quantized path's own input. `schedule` is the learning rate's course.
+    the gradual mask: it damps all off-diagonal entries. `clipping` shrinks the weight ranges: `search` takes the factor
+    with the least error weighted by the inputs' energy, `learn` starts there and learns it with the transforms (LWC).
+    `augmented_loss` adds the distance to the float block on the quantized path's own input. `schedule` is the learning
+    rate's course. `autocast` is the precision of the matmuls while learning; results are always measured in float32.
     """
 
     epochs: Annotated[int, Meta(ge=0)] = 0
@@ -80,7 +82,7 @@ class Learning(Data):
     clipping_rate: NonNegative = 1e-2
     weight_decay: NonNegative = 0.0
     stability_factor: Annotated[float, Meta(ge=0, le=1)] = 0.1
-    clipping: bool = True
+    clipping: Literal["off", "search", "learn"] = "learn"
     augmented_loss: bool = True
     schedule: Literal["constant", "cosine"] = "cosine"
     autocast: Literal["float32", "bfloat16"] = "float32"
@@ -104,9 +106,9 @@ class Recipe(Data):
     `per_channel` tries one scale per row with the same bits, `int8` then 8 bits per row, `refuse` stops."""
 
     name: str
-    description: str = ""
     weights: Weights
     activations: Activations
+    description: str = ""
     embedding: Embedding = Embedding()
     head: Weights = Weights(bits=8)
     override: tuple[Override, ...] = ()

@@ -56,13 +56,14 @@ def quantize_tokens(x_TI: Tensor) -> TokenCodes:
     A token whose range is below 255 / 3.4e38 has no finite scale in float32, here as in the kernel.
     """
     low, high = x_TI.amin(-1, keepdim=True).clamp(max=0), x_TI.amax(-1, keepdim=True).clamp(min=0)
-    scale = torch.where(low == high, 1.0, (QMAX - QMIN) / (high - low))
+    # Not `255 / range`: torch computes number / tensor as reciprocal * number, which rounds twice.
+    scale = torch.where(low == high, 1.0, torch.full_like(low, QMAX - QMIN) / (high - low))
     from_low, from_high = low * scale, high * scale
     low_error, high_error = QMIN + from_low, QMAX + from_high
     zero_point = torch.where(low_error + high_error > 0, QMIN - from_low, QMAX - from_high)
     zero_point = zero_point.clamp(QMIN, QMAX).round()
     codes = ((x_TI * scale).round() + zero_point).clamp(QMIN, QMAX)
-    return TokenCodes(codes, zero_point, 1.0 / scale)
+    return TokenCodes(codes, zero_point, scale.reciprocal())
 
 
 def quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
@@ -88,25 +89,18 @@ def dynamic_per_channel(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
 
 
 def dynamic_per_group(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
-    """qd8-f32-qb4w: float32 [T, O]. Scales are bfloat16 numbers in float32."""
+    """qd8-f32-qb4w: float32 [T, O]. Raises InputError when a scale is no bfloat16 number (the kernel would cut it)."""
+    if not torch.equal(linear.scales, linear.scales.bfloat16().float()):
+        raise InputError("group scales are not bfloat16", where=linear.spec.name, why="the kernel would round them")
     tokens, group = quantize_tokens(x_TI), linear.spec.weight.group
-    codes_GOi = _grouped(linear.codes.double(), group)
+    codes_GOi = _grouped(linear.codes, group)
     scales_GO = linear.scales.t().contiguous()
-    unsigned_TI = tokens.codes - QMIN
-    start_T1 = QMIN - tokens.zero_point
     weight_sum_O = torch.zeros_like(scales_GO[0])
-    for sums_O, scale_O in zip(codes_GOi.sum(-1).float(), scales_GO, strict=True):
-        weight_sum_O = weight_sum_O + sums_O * scale_O
-    chunks = [
-        _add_groups(start * weight_sum_O, _grouped(part.double(), group), codes_GOi, scales_GO) * step
-        for part, start, step in zip(
-            unsigned_TI.split(GROUP_TOKENS),
-            start_T1.split(GROUP_TOKENS),
-            tokens.step.split(GROUP_TOKENS),
-            strict=True,
-        )
-    ]
-    return torch.cat(chunks) + _bias(linear)
+    for sum_O, scale_O in zip(codes_GOi.sum(-1), scales_GO, strict=True):
+        weight_sum_O = weight_sum_O + sum_O.float() * scale_O
+    totals_TO = (QMIN - tokens.zero_point) * weight_sum_O
+    _add_groups(totals_TO, _grouped(tokens.codes - QMIN, group), codes_GOi, scales_GO)
+    return totals_TO * tokens.step + _bias(linear)
 
 
 def static_per_channel(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
@@ -140,9 +134,8 @@ ARITHMETICS: dict[str, Callable[[QuantizedLinear, Tensor], Tensor]] = {
 def integer_linear(arithmetic: str, linear: QuantizedLinear, x: Tensor) -> Tensor:
     """What the kernel gives for float32 `x [..., I]`: float32 `[..., O]`. Raises InputError on an unknown arithmetic."""
     if arithmetic not in ARITHMETICS:
-        raise InputError(
-            "no integer model", where=linear.spec.name, why=f"arithmetic {arithmetic!r}", do=f"one of {', '.join(ARITHMETICS)}"
-        )
+        known = ", ".join(ARITHMETICS)
+        raise InputError("no integer model", where=linear.spec.name, why=f"arithmetic {arithmetic!r}", do=f"one of {known}")
     out = ARITHMETICS[arithmetic](linear, x.reshape(-1, x.shape[-1]))
     return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -159,11 +152,43 @@ def _check_range(sums: Tensor) -> Tensor:
     return sums
 
 
-def _add_groups(total_TO: Tensor, x_GTi: Tensor, codes_GOi: Tensor, scales_GO: Tensor) -> Tensor:
-    """`total + sum_g scale_g * (x_g . codes_g)` in float32: groups in order, one fused multiply-add each."""
-    for x_Ti, codes_Oi, scale_O in zip(x_GTi, codes_GOi, scales_GO, strict=True):
-        total_TO = fma((x_Ti @ codes_Oi.t()).float(), scale_O, total_TO)
-    return total_TO
+def _add_groups(totals_TO: Tensor, x_GTi: Tensor, codes_GOi: Tensor, scales_GO: Tensor) -> None:
+    """Adds `scale_g * (x_g . codes_g)` to the float32 `totals`, in place: groups in order, rounded once each (an fma).
+
+    With `_exact_dtype` the products of a group need no rounding, so scales go into the weights and one addition is
+    the fma; else every step is emulated.
+    """
+    dtype = _exact_dtype(codes_GOi, scales_GO)
+    if dtype is None:
+        for x_Ti, codes_Oi, scale_O in zip(x_GTi.double(), codes_GOi.double(), scales_GO, strict=True):
+            totals_TO.copy_(fma((x_Ti @ codes_Oi.t()).float(), scale_O, totals_TO))
+        return
+    x_GTi, weights_GOi = x_GTi.to(dtype), codes_GOi.to(dtype) * scales_GO[..., None].to(dtype)
+    for start in range(0, len(totals_TO), GROUP_TOKENS):
+        part = slice(start, start + GROUP_TOKENS)
+        running = totals_TO[part]
+        for x_Ti, weights_Oi in zip(x_GTi[:, part], weights_GOi, strict=True):
+            running = (running + x_Ti @ weights_Oi.t()).float()
+        totals_TO[part] = running
+
+
+def _exact_dtype(codes_GOi: Tensor, scales_GO: Tensor) -> torch.dtype | None:
+    """The dtype in which `totals + x_g . (scale_g * codes_g)` has one rounding, to float32; None: neither has.
+
+    All terms of a group are whole multiples of the last bit of its scale, an 8-bit significand: at most
+    `group * 255 * max|code| * 255` of them. Below 2^24 float32 holds every partial sum, in whatever order the matmul
+    adds, and the addition to the total rounds once. Float64 holds the *sum* with the total as well, when all scales of
+    the row are so near each other that total and group are multiples of one unit, below 2^53 of them: then only the
+    cast to float32 rounds.
+    """
+    groups, _, group = codes_GOi.shape
+    largest = group * (QMAX - QMIN) * int(codes_GOi.abs().max())
+    if largest * 255 < 2**24 and torch.get_float32_matmul_precision() == "highest":
+        return torch.float32
+    smallest_O = torch.where(scales_GO > 0, scales_GO, torch.inf).amin(0)
+    ratio = float((scales_GO.amax(0) / smallest_O).max())
+    # The total starts at up to the groups' own magnitude: twice, and twice again for what was rounded on the way.
+    return torch.float64 if 4 * groups * largest * 256 * ratio < 2**53 else None
 
 
 def _grouped(rows: Tensor, group: int) -> Tensor:

@@ -1,0 +1,151 @@
+"""The calibrate stage: blocks one after another, each against its float self, resumable after every block.
+
+The float path's output of a block is the next block's float input; the quantized path's output, computed with the
+very integers that will ship, is the next block's quantized input (AffineQuant, arXiv 2403.12544, section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from afq_export.arch.config import DecoderConfig
+from afq_export.arch.decoder import block, embed, family
+from afq_export.arch.ops import FloatOps, Weights
+from afq_export.calibrate.learn import BlockProblem, Learned, learn_block, measure
+from afq_export.calibrate.ops import QuantizedPathOps, Records
+from afq_export.calibrate.parameters import BlockParameters
+from afq_export.calibrate.ranges import observe_ranges
+from afq_export.calibrate.result import BlockResult, Calibration, History, block_path, read_block, write_block
+from afq_export.calibrate.start import start_parameters
+from afq_export.calibrate.statistics import input_statistics
+from afq_export.fold.folded import FoldedCheckpoint
+from afq_export.fold.forms import SiteChoice, choose_forms
+from afq_export.load.checkpoint import DecoderWeights
+from afq_export.load.corpus import Windows
+from afq_export.progress import Progress
+from afq_export.quantize.checkpoint import LinearRecord
+from afq_export.quantize.quantize import quantize_block
+from afq_export.spec.quant import linear_name
+from afq_export.spec.recipe import Recipe
+
+
+def calibrate(
+    model: DecoderWeights,
+    recipe: Recipe,
+    records: Mapping[str, LinearRecord],
+    windows: Windows,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> Calibration:
+    """Learns every block and writes its result to `folder`; blocks whose file is there are not learned again.
+
+    `records`: grid and kernel of every linear, from `assign`. A resumed run ends in the same bytes: a block's learning
+    depends on the seed, its index and its inputs only, and the inputs are recomputed with the same operations.
+    """
+    config = model.config
+    choices = choose_forms(config, recipe.transforms)
+    calibration = Calibration(folder, config.layers)
+    folded = FoldedCheckpoint(model, calibration.transforms())
+    x_float = embed(config, model.embedding(), windows.ids_NT)
+    x_quant = x_float
+    for index in range(config.layers):
+        weights = model.block(index)
+        roles = family(config).linear_shapes(config)
+        of_block = {role: records[linear_name(index, role)] for role in roles}
+        y_float = run_block(config, FloatOps(config, weights), x_float, recipe.learning.batch)
+        path = block_path(folder, index)
+        progress("calibrate", index, config.layers)
+        if not path.exists():
+            targets = _targets(config, weights, x_float, x_quant, y_float, recipe)
+            power = float(y_float.square().mean())
+            problem = BlockProblem(config, weights, of_block, x_quant, targets, power)
+            result = _learn(problem, choices, recipe, seed + index, index, config.layers, progress)
+            write_block(path, result)
+        x_quant = _quantized_output(folded, read_block(path), records, index, x_quant, recipe.learning.batch)
+        x_float = y_float
+    progress("calibrate", config.layers, config.layers)
+    return calibration
+
+
+def _targets(
+    config: DecoderConfig, weights: Weights, x_float: Tensor, x_quant: Tensor, y_float: Tensor, recipe: Recipe
+) -> tuple[Tensor, ...]:
+    """What the quantized block is to come near: the float path's output and, augmented, the float block's output
+    on the quantized path's own input."""
+    if not recipe.learning.augmented_loss or recipe.activations.mode == "none" or x_quant is x_float:
+        return (y_float,)
+    return (y_float, run_block(config, FloatOps(config, weights), x_quant, recipe.learning.batch))
+
+
+def _learn(
+    problem: BlockProblem,
+    choices: tuple[SiteChoice, ...],
+    recipe: Recipe,
+    seed: int,
+    index: int,
+    layers: int,
+    progress: Progress,
+) -> BlockResult:
+    """Start values, learning, static ranges of one block."""
+    batch = recipe.learning.batch
+    statistics = input_statistics(problem.config, problem.weights, problem.inputs, batch)
+    start = start_parameters(choices, recipe, problem.weights, statistics, problem.records)
+    rounded = measure(problem, _plain(problem.records), 0.0, 0.0, batch)
+
+    def tick(epoch: int, epochs: int) -> None:
+        progress(f"calibrate: block {index + 1} of {layers}, epoch", epoch, epochs)
+
+    learned = learn_block(problem, start, recipe.learning, seed, tick)
+    ranges = {}
+    if recipe.activations.mode == "static":
+        ranges = observe_ranges(problem, learned, recipe.ranges.method, batch)
+    return _result(learned, ranges, rounded)
+
+
+@torch.no_grad()
+def _result(learned: Learned, ranges: dict, rounded: float) -> BlockResult:
+    """What is saved: the masked matrices in float64, clipping factors, ranges, history."""
+    transforms = learned.parameters.transforms(learned.opened, learned.stability_factor, torch.float64)
+    return BlockResult(
+        {name: transform.detached() for name, transform in transforms.items()},
+        {role: clip.detach() for role, clip in learned.parameters.clips().items()},
+        ranges,
+        History(rounded, learned.start_loss, learned.final_loss, learned.epochs, learned.events),
+    )
+
+
+def _plain(records: Records) -> BlockParameters:
+    """No transform and no clipping: round-to-nearest, the yardstick of every block."""
+    shapes = {role: (record.spec.outputs, record.spec.groups) for role, record in records.items()}
+    return BlockParameters([], {role: torch.full(shape, torch.inf) for role, shape in shapes.items()}, False)
+
+
+def _quantized_output(
+    folded: FoldedCheckpoint,
+    result: BlockResult,
+    records: Mapping[str, LinearRecord],
+    index: int,
+    x: Tensor,
+    batch: int,
+) -> Tensor:
+    """The block's output with the integers, scales and ranges that the quantize stage will write."""
+    part = quantize_block(folded, result, records, index)
+    weights = {key.removeprefix("float."): tensor for key, tensor in part.floats.items()}
+    for linear in part.linears:
+        weights[f"{linear.spec.role}.weight"] = linear.dequantized()
+        if linear.bias is not None:
+            weights[f"{linear.spec.role}.bias"] = linear.bias
+    final = {linear.spec.role: linear.record for linear in part.linears}
+    ops = QuantizedPathOps(folded.config, weights, final, result.ranges or None)
+    return run_block(folded.config, ops, x, batch)
+
+
+@torch.no_grad()
+def run_block(config: DecoderConfig, ops: FloatOps, x_NTD: Tensor, batch: int) -> Tensor:
+    """One block over all windows, `batch` at a time."""
+    return torch.cat([block(config, ops, part) for part in x_NTD.split(batch)])

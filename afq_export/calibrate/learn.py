@@ -1,0 +1,177 @@
+"""Learning one block: AffineQuant's optimisation with its gradual mask, and what happens when it diverges."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from afq_export.arch.config import DecoderConfig
+from afq_export.arch.decoder import block, family
+from afq_export.arch.ops import Weights
+from afq_export.calibrate.ops import QuantizedPathOps, Records, block_loss, quantized_weights
+from afq_export.calibrate.parameters import BlockParameters
+from afq_export.calibrate.result import EpochRecord
+from afq_export.fold.sites import fold_block
+from afq_export.fold.transform import condition_number, dominance_margin
+from afq_export.spec.recipe import Learning
+
+RETRIES = 3
+"""A block that diverges is tried again with a tenth of the stability factor this many times."""
+
+EXPLODED = 2.0
+"""An epoch whose loss is this many times the start's has exploded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockProblem:
+    """What a block is learned on: its float weights, its grids, inputs of the quantized path, targets [N, T, D]."""
+
+    config: DecoderConfig
+    weights: Weights
+    records: Records
+    inputs: Tensor
+    targets: tuple[Tensor, ...]
+    power: float
+    """Mean square of the float output: losses are reported relative to it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """The parameters that were kept, the stability factor they are masked with, and how they came about."""
+
+    parameters: BlockParameters
+    opened: float
+    stability_factor: float
+    start_loss: float
+    final_loss: float
+    epochs: tuple[EpochRecord, ...]
+    events: tuple[str, ...]
+
+
+class Diverged(Exception):
+    """The loss is not finite or exploded, or a matrix lost diagonal dominance."""
+
+
+def learn_block(
+    problem: BlockProblem, start: BlockParameters, learning: Learning, seed: int, tick: Callable[[int, int], None]
+) -> Learned:
+    """Learns `start` (left unchanged) for `learning.epochs`. The result is never worse than the start.
+
+    On divergence the block goes back to the start and is tried again with a tenth of the stability factor; after
+    RETRIES the start values stand. `tick(epoch, epochs)` reports progress.
+    """
+    alpha, events, history = learning.stability_factor, [], []
+    start_loss = measure(problem, start, 0.0, alpha, learning.batch)
+    for attempt in range(RETRIES + 1 if learning.epochs else 0):
+        parameters = copy.deepcopy(start)
+        try:
+            records = _epochs(problem, parameters, learning, alpha, start_loss, seed, tick)
+            history += records
+            final = measure(problem, parameters, 1.0, alpha, learning.batch)
+            if not final <= start_loss:
+                raise Diverged(f"the learned block is worse than its start ({final:.3e} against {start_loss:.3e})")
+            return Learned(parameters, 1.0, alpha, start_loss, final, tuple(history), tuple(events))
+        except Diverged as reason:
+            what = "start values kept" if attempt == RETRIES else f"tried again with stability factor {alpha / 10:g}"
+            events.append(f"stability factor {alpha:g}: {reason}; rolled back, {what}")
+            alpha /= 10
+    return Learned(start, 0.0, learning.stability_factor, start_loss, start_loss, tuple(history), tuple(events))
+
+
+def quantized_block_weights(problem: BlockProblem, p: BlockParameters, opened: float, alpha: float) -> dict[str, Tensor]:
+    """Folded, then fake-quantized weights of the block, float32, differentiable in the parameters."""
+    sites = family(problem.config).fold_sites(problem.config)
+    folded = fold_block(sites, p.transforms(opened, alpha), problem.weights)
+    return quantized_weights(folded, p.clips(), problem.records)
+
+
+@torch.no_grad()
+def measure(problem: BlockProblem, p: BlockParameters, opened: float, alpha: float, batch: int) -> float:
+    """The relative loss over all windows, in float32."""
+    weights = quantized_block_weights(problem, p, opened, alpha)
+    total = 0.0
+    for part in torch.arange(len(problem.inputs)).split(batch):
+        y = block(problem.config, QuantizedPathOps(problem.config, weights, problem.records), problem.inputs[part])
+        total += float(block_loss(y, tuple(t[part] for t in problem.targets))) * len(part)
+    return total / len(problem.inputs) / problem.power
+
+
+def _epochs(
+    problem: BlockProblem,
+    parameters: BlockParameters,
+    learning: Learning,
+    alpha: float,
+    start_loss: float,
+    seed: int,
+    tick: Callable[[int, int], None],
+) -> list[EpochRecord]:
+    """All epochs; raises Diverged. Parameters are changed in place."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = [g for g in parameters.groups(learning.learning_rate, learning.clipping_rate) if g["params"]]
+    if not groups:
+        return []
+    optimiser = torch.optim.AdamW(groups, weight_decay=learning.weight_decay)
+    steps = math.ceil(len(problem.inputs) / learning.batch)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, _course(learning, steps * learning.epochs))
+    history = []
+    for epoch in range(1, learning.epochs + 1):
+        opened, total = epoch / learning.epochs, 0.0
+        order = torch.randperm(len(problem.inputs), generator=generator)
+        for part in order.split(learning.batch):
+            loss = train_step(problem, parameters, opened, alpha, part, learning)
+            optimiser.step()
+            scheduler.step()
+            total += loss / problem.power * len(part) / len(order)
+        history.append(_record(parameters, epoch, total, opened, alpha))
+        _check(history[-1], start_loss)
+        tick(epoch, learning.epochs)
+    return history
+
+
+def train_step(
+    problem: BlockProblem, p: BlockParameters, opened: float, alpha: float, part: Tensor, learning: Learning
+) -> float:
+    """Forward and backward on the windows `part`: gradients are set, the loss is returned. Raises Diverged."""
+    p.zero_grad(set_to_none=True)
+    weights = quantized_block_weights(problem, p, opened, alpha)
+    with torch.autocast("cpu", torch.bfloat16, enabled=learning.autocast == "bfloat16"):
+        y = block(problem.config, QuantizedPathOps(problem.config, weights, problem.records), problem.inputs[part])
+    loss = block_loss(y, tuple(t[part] for t in problem.targets))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise Diverged("the loss is not finite")
+    loss.backward()
+    return value
+
+
+def _course(learning: Learning, steps: int) -> Callable[[int], float]:
+    """Factor on the learning rates at a step."""
+    if learning.schedule == "constant":
+        return lambda step: 1.0
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+
+@torch.no_grad()
+def _record(p: BlockParameters, epoch: int, loss: float, opened: float, alpha: float) -> EpochRecord:
+    transforms = p.transforms(opened, alpha, torch.float64).values()
+    return EpochRecord(
+        epoch,
+        loss,
+        min((dominance_margin(t) for t in transforms), default=1.0),
+        max((condition_number(t) for t in transforms), default=1.0),
+        alpha,
+    )
+
+
+def _check(record: EpochRecord, start_loss: float) -> None:
+    if not all(math.isfinite(v) for v in (record.loss, record.dominance, record.condition)):
+        raise Diverged(f"epoch {record.epoch}: a number is not finite")
+    if record.loss > EXPLODED * start_loss:
+        raise Diverged(f"epoch {record.epoch}: the loss exploded to {record.loss:.3e} from {start_loss:.3e}")
+    if record.dominance <= 0:
+        raise Diverged(f"epoch {record.epoch}: diagonal dominance is lost (margin {record.dominance:.3f})")

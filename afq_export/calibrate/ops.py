@@ -1,0 +1,62 @@
+"""Ops of the quantized path while a block is learned, and of the block that was kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afq_export.arch.config import DecoderConfig
+from afq_export.arch.ops import FloatOps, Weights
+from afq_export.quantize.activations import fake_quantize_dynamic, fake_quantize_static, range_grid
+from afq_export.quantize.checkpoint import LinearRecord, StaticRange
+from afq_export.quantize.grid import fake_quantize_weight, weight_scales
+
+Records = Mapping[str, LinearRecord]
+Ranges = Mapping[str, tuple[StaticRange, StaticRange]]
+
+
+class QuantizedPathOps(FloatOps):
+    """FloatOps on weights that are already fake-quantized; inputs (and static outputs) are quantized here.
+
+    Without `ranges` a static grid covers what the call itself sees, as long as transforms still move.
+    Linears that share their input share its quantization, as they do in the program.
+    """
+
+    def __init__(self, config: DecoderConfig, weights: Weights, records: Records, ranges: Ranges | None = None) -> None:
+        super().__init__(config, weights)
+        self.records, self.ranges = records, ranges
+        self._shared: tuple[Tensor, Tensor] | None = None
+
+    def linear(self, role: str, x: Tensor) -> Tensor:
+        spec = self.records[role].spec.activation
+        if spec is None:
+            return super().linear(role, x)
+        if spec.dynamic:
+            if self._shared is None or self._shared[0] is not x:
+                self._shared = (x, fake_quantize_dynamic(x, spec))
+            return super().linear(role, self._shared[1])
+        known = self.ranges[role] if self.ranges else None
+        y = super().linear(role, fake_quantize_static(x, known[0] if known else _seen(x)))
+        return fake_quantize_static(y, known[1] if known else _seen(y))
+
+
+def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Records) -> dict[str, Tensor]:
+    """`folded` with every linear's weight fake-quantized; gradients pass."""
+    new = dict(folded)
+    for role, record in records.items():
+        weight, spec = folded[f"{role}.weight"], record.spec.weight
+        new[f"{role}.weight"] = fake_quantize_weight(weight, weight_scales(weight, clips[role], spec), spec)
+    return new
+
+
+def block_loss(y: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
+    """Mean squared error to every target, added (AffineQuant, eq. 4; two targets: the augmented loss)."""
+    return sum((F.mse_loss(y.float(), target) for target in targets), torch.zeros(()))
+
+
+def _seen(x: Tensor) -> StaticRange:
+    x = x.detach()
+    return range_grid(float(x.min()), float(x.max()))

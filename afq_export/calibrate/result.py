@@ -1,0 +1,118 @@
+"""What calibration leaves: transforms, clipping, static ranges and the history, one file per block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from afq_export.errors import InputError
+from afq_export.files import write_beside
+from afq_export.fold.transform import SiteTransform
+from afq_export.quantize.checkpoint import StaticRange
+from afq_export.spec.quant import LinearSpec
+from afq_export.spec.sites import Form
+from afq_export.spec.strict import Data
+
+
+class EpochRecord(Data):
+    """One epoch of one block: mean loss, least dominance margin and largest condition number over its sites."""
+
+    epoch: int
+    loss: float
+    dominance: float
+    condition: float
+    stability_factor: float
+
+
+class History(Data):
+    """How a block's learning went. Losses are relative: squared error over the float output's mean square.
+
+    `start_loss` is that of the start values, `rounded_loss` that of no transform and no clipping (round-to-nearest),
+    `final_loss` that of what was kept. `events`: rollbacks and retries in words.
+    """
+
+    rounded_loss: float
+    start_loss: float
+    final_loss: float
+    epochs: tuple[EpochRecord, ...] = ()
+    events: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockResult:
+    """`transforms` by site name (float64), `clips` [O, G] in (0, 1] by role, `ranges` (input, output) by role."""
+
+    transforms: dict[str, SiteTransform]
+    clips: dict[str, Tensor]
+    ranges: dict[str, tuple[StaticRange, StaticRange]]
+    history: History
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The results of all blocks, read from the run folder when asked for."""
+
+    folder: Path
+    layers: int
+
+    def block(self, index: int) -> BlockResult:
+        """The result of block `index`. Raises InputError when it is missing or broken."""
+        return read_block(block_path(self.folder, index))
+
+    def transforms(self) -> Callable[[int], dict[str, SiteTransform]]:
+        """Block index -> transforms by site name, for the fold stage."""
+        return lambda index: self.block(index).transforms
+
+    def head_clip(self, spec: LinearSpec) -> Tensor:
+        """lm_head stands outside of all blocks: its ranges are not clipped. Ones [O, G]."""
+        return torch.ones(spec.outputs, spec.groups)
+
+
+class _Meta(Data):
+    forms: dict[str, Form]
+    ranges: dict[str, tuple[StaticRange, StaticRange]]
+    history: History
+
+
+def block_path(folder: Path, index: int) -> Path:
+    """The file of block `index` in a calibration folder."""
+    return folder / f"block-{index:03d}.safetensors"
+
+
+def write_block(path: Path, result: BlockResult) -> None:
+    """Writes a block's result whole or not at all. Raises InputError when a number in it is not finite."""
+    tensors = {f"clip.{role}": clip.contiguous() for role, clip in result.clips.items()}
+    for name, transform in result.transforms.items():
+        tensors[f"matrix.{name}"] = transform.matrix.contiguous()
+        if transform.shift is not None:
+            tensors[f"shift.{name}"] = transform.shift.contiguous()
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError("calibration gave a number that is not finite", where=f"{path.name}: {key}")
+    forms = {name: transform.form for name, transform in result.transforms.items()}
+    meta = msgspec.json.encode(_Meta(forms, result.ranges, result.history)).decode()
+    with write_beside(path) as part:
+        save_file(tensors, part, metadata={"afq": meta})
+
+
+def read_block(path: Path) -> BlockResult:
+    """Inverse of `write_block`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            meta = msgspec.json.decode(file.metadata()["afq"], type=_Meta)
+    except (OSError, SafetensorError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise InputError("cannot read a block's calibration", where=str(path), why=str(error)) from error
+    transforms = {
+        name: SiteTransform(form, tensors[f"matrix.{name}"], tensors.get(f"shift.{name}"))
+        for name, form in meta.forms.items()
+    }
+    clips = {key.removeprefix("clip."): t for key, t in tensors.items() if key.startswith("clip.")}
+    return BlockResult(transforms, clips, meta.ranges, meta.history)

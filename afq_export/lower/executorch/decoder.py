@@ -1,0 +1,102 @@
+"""The outer module of an exported decoder: embedding, KV cache and attention around the delegates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import executorch.kernels.quantized  # noqa: F401  (registers the quantized embedding operators)
+import torch
+import torch.nn.functional as F
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::update_cache, custom_sdpa)
+from torch import Tensor, nn
+
+from afq_export.arch.attention import rope_tables
+from afq_export.arch.decoder import family
+from afq_export.lower.executorch.compose import call_segment
+from afq_export.lower.executorch.segments import Segment
+from afq_export.lower.executorch.weights import pack_embedding_int4
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedEmbedding
+
+
+class CachedDecoder(nn.Module):
+    """`forward(tokens int64 [1, T], input_pos int64 [1])` to logits float32 [1, T, V].
+
+    The caches [1, context, K, d] are state of the program. Positions from `input_pos` on are overwritten, and only
+    positions before the end of this call are attended to, so a call at position 0 starts afresh.
+    """
+
+    def __init__(self, checkpoint: QuantizedCheckpoint, segments: Sequence[Segment], context: int) -> None:
+        super().__init__()
+        self.config, self.segments, self.context = checkpoint.config, segments, context
+        self.rows = TokenRows(checkpoint.embedding())
+        self.positions = nn.Module()
+        for name, tensor in checkpoint.embedding_floats().items():
+            self.positions.register_buffer(name.replace(".", "_"), tensor.float())
+        if self.config.rope:
+            cos_Sd, sin_Sd = rope_tables(self.config.rope, torch.arange(context))
+            self.register_buffer("cos", cos_Sd)
+            self.register_buffer("sin", sin_Sd)
+        shape = (1, context, self.config.kv_heads, self.config.head_dim)
+        for index in range(self.config.layers):
+            self.register_buffer(f"keys_{index}", torch.zeros(shape))
+            self.register_buffer(f"values_{index}", torch.zeros(shape))
+
+    def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        count = tokens.shape[1]
+        start = input_pos[0].item()
+        torch._check(start >= 0)
+        torch._check(start < self.context)
+        torch._check(start + count <= self.context)
+        rotation = []
+        if self.config.rope:
+            rotation = [table.narrow(0, start, count) for table in (self.cos, self.sin)]
+
+        x = self._embed(tokens, input_pos)
+        first, *middle, last = self.segments
+        q, k, v = call_segment(first, [x, *rotation])
+        for index, segment in enumerate(middle):
+            attended = self._attend(index, q, k, v, start)
+            x, q, k, v = call_segment(segment, [x, attended, *rotation])
+        attended = self._attend(len(middle), q, k, v, start)
+        return call_segment(last, [x, attended])[0]
+
+    def _embed(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
+        weights = {name.replace("_weight", ".weight"): table for name, table in self.positions.named_buffers()}
+        positions = input_pos + torch.arange(tokens.shape[1])
+        return family(self.config).embed(self.config, self.rows(tokens), weights, positions)
+
+    def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """Causal attention over everything cached; [1, T, H, d]."""
+        keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
+        torch.ops.llama.update_cache(k, keys, start)
+        torch.ops.llama.update_cache(v, values, start)
+        return torch.ops.llama.custom_sdpa(q, keys, values, start, None, 0.0, True)
+
+
+class TokenRows(nn.Module):
+    """Token ids [1, T] to float32 rows [1, T, D], from int4, int8 or float storage."""
+
+    def __init__(self, embedding: QuantizedEmbedding) -> None:
+        super().__init__()
+        self.bits = embedding.bits
+        codes = embedding.codes.numpy()
+        match self.bits:
+            case 4:
+                codes = pack_embedding_int4(codes)
+            case 8:
+                pass
+            case _:
+                codes = codes.astype("float32")
+        self.register_buffer("codes", torch.from_numpy(codes))
+        self.register_buffer("scales", None if embedding.scales is None else embedding.scales.float())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        quantized = torch.ops.quantized_decomposed
+        match self.bits:
+            case 4:
+                look_up, low, high = quantized.embedding_4bit.dtype, -8, 7
+            case 8:
+                look_up, low, high = quantized.embedding_byte.dtype, -128, 127
+            case _:
+                return F.embedding(tokens, self.codes)
+        return look_up(self.codes, self.scales, None, low, high, tokens, dtype=torch.float32)

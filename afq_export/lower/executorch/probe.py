@@ -1,0 +1,53 @@
+"""Runs quantized linears alone through the real runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from executorch.extension.pybindings import portable_lib
+from torch import Tensor, nn
+
+from afq_export.errors import InputError
+from afq_export.lower.executorch.compose import call_segment, export_program
+from afq_export.lower.executorch.segments import Segment, probe_segment
+from afq_export.quantize.checkpoint import QuantizedLinear
+
+
+def run_linears(linears: Sequence[QuantizedLinear], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the kernel of each linear gives for `inputs[name]`, float32 [T, I]: float32 [T, O] by name.
+
+    One program for all of them. A static kernel's int8 result comes dequantized, `scale * (code - zero_point)` in
+    float32; `rint(y / scale) + zero_point` is the code again. Raises InputError when an input is missing or does not
+    fit its linear.
+    """
+    named = {linear.spec.name: linear for linear in linears}
+    arrays = {name: _input(linear, inputs) for name, linear in named.items()}
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    segment = probe_segment(named, shapes)
+    example = tuple(torch.from_numpy(array) for array in arrays.values())
+    buffer = export_program(_Probe(segment), example, [segment]).buffer
+    results = portable_lib._load_for_executorch_from_buffer(buffer).forward(list(example))
+    return {name: result.numpy().copy() for name, result in zip(named, results, strict=True)}
+
+
+class _Probe(nn.Module):
+    """The segment and nothing else."""
+
+    def __init__(self, segment: Segment) -> None:
+        super().__init__()
+        self.segment = segment
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return call_segment(self.segment, list(inputs))
+
+
+def _input(linear: QuantizedLinear, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    name, width = linear.spec.name, linear.spec.inputs
+    if name not in inputs:
+        raise InputError("no input for a linear", where=name)
+    array = np.ascontiguousarray(inputs[name], np.float32)
+    if array.ndim != 2 or array.shape[1] != width or not len(array):
+        raise InputError("an input does not fit its linear", where=name, why=f"{array.shape}, not [T, {width}]")
+    return array

@@ -1,0 +1,107 @@
+"""From a quantized checkpoint to a generation-ready ExecuTorch program."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from afq_export.errors import InputError, VerdictError
+from afq_export.lower.executorch.compose import export_program
+from afq_export.lower.executorch.coverage import coverage_of
+from afq_export.lower.executorch.decoder import CachedDecoder
+from afq_export.lower.executorch.metadata import metadata
+from afq_export.lower.executorch.readback import PackedLinear, read_program
+from afq_export.lower.executorch.segments import Segment, linear_handles, segments
+from afq_export.progress import Progress
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.spec.report import Coverage
+from afq_export.spec.target import TargetProfile
+
+KIND_OF_KERNEL = {
+    "qd8-f32-qc8w": "qc8w",
+    "qd8-f32-qc4w": "qc4w",
+    "qd8-f32-qb4w": "qb4w",
+    "qs8-qc8w": "qs8",
+}
+"""The target's kernel name -> what reading a program back calls it."""
+
+MIN_PREFILL = 2
+"""With fewer tokens a call the exporter would take their number for a constant."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoweredProgram:
+    """`pte`: the file. `coverage`: what runs where. `metadata`: the program's constant methods."""
+
+    pte: bytes
+    coverage: Coverage
+    metadata: dict[str, int | bool | list[int]]
+
+
+def lower_program(checkpoint: QuantizedCheckpoint, target: TargetProfile, progress: Progress) -> LoweredProgram:
+    """The program of `checkpoint`, verified by reading it back.
+
+    The context is the smaller of the target's and the model's. Reads the checkpoint one block at a time.
+    Raises InputError for shapes or kernels that the runtime does not have, VerdictError when a linear of the finished
+    file is not the checkpoint's to the bit.
+    """
+    context = min(target.shapes.context, checkpoint.config.max_positions)
+    prefill = min(target.shapes.prefill, context)
+    if prefill < MIN_PREFILL:
+        raise InputError("the program needs room for two tokens a call", where=target.name, why=f"prefill {prefill}")
+    values = metadata(checkpoint.config, context, prefill)
+
+    pieces: list[Segment] = []
+    steps = checkpoint.config.layers + 2
+    for piece in segments(checkpoint, prefill):
+        pieces.append(piece)
+        progress("lower", len(pieces), steps)
+    pte = _export(CachedDecoder(checkpoint, pieces, context), pieces, prefill, values)
+    del pieces
+    content = read_program(pte)
+    verify_linears(checkpoint, content.linears)
+    progress("lower", steps, steps)
+    return LoweredProgram(pte, coverage_of(checkpoint, content), values)
+
+
+def _export(module: CachedDecoder, pieces: list[Segment], prefill: int, values: dict) -> bytes:
+    example = (torch.zeros((1, MIN_PREFILL), dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    count = torch.export.Dim("tokens", min=1, max=prefill)
+    shapes = {"tokens": {1: count}, "input_pos": None}
+    return export_program(module, example, pieces, dynamic_shapes=shapes, metadata=values).buffer
+
+
+def verify_linears(checkpoint: QuantizedCheckpoint, packed: list[PackedLinear]) -> None:
+    """Raises VerdictError naming the first linear that the program lacks or holds with other numbers."""
+    found = {linear.number: linear for linear in packed}
+    for name, number in linear_handles(checkpoint).items():
+        difference = "it is not there"
+        if number in found:
+            difference = _difference(checkpoint.linear(name), found[number])
+        if difference:
+            raise VerdictError("the program is not the checkpoint", where=name, why=difference)
+    if len(packed) != len(found) or len(found) != len(checkpoint.records):
+        raise VerdictError("the program has linears of its own", why=f"{len(packed)} for {len(checkpoint.records)}")
+
+
+def _difference(ours: QuantizedLinear, theirs: PackedLinear) -> str:
+    """Which property differs; empty when none does."""
+    if KIND_OF_KERNEL[ours.record.kernel] != theirs.kind:
+        return f"kernel {theirs.kind} instead of {ours.record.kernel}"
+    if not np.array_equal(ours.codes.numpy(), theirs.codes):
+        return "codes differ"
+    if not np.array_equal(ours.scales.float().numpy(), theirs.scales):
+        return "scales differ"
+    if (ours.bias is None) != (theirs.bias is None):
+        return "bias is missing" if theirs.bias is None else "a bias was added"
+    static = ours.record.input is not None
+    if ours.bias is not None and not static and not np.array_equal(ours.bias.float().numpy(), theirs.bias):
+        return "bias differs"
+    for side, grid, stored in (("input", ours.record.input, theirs.input), ("output", ours.record.output, theirs.output)):
+        if grid is None:
+            continue
+        if stored is None or (np.float32(grid.scale), grid.zero_point) != (np.float32(stored.scale), stored.zero_point):
+            return f"{side} grid differs"
+    return ""

@@ -1,0 +1,110 @@
+"""Reads a finished program back: which integers are really in it, and what it calls."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import numpy as np
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNDatatype
+from executorch.exir._serialize._program import PTEFile, deserialize_pte_binary
+from executorch.exir.schema import DelegateCall, KernelCall
+
+from afq_export.errors import InputError
+from afq_export.lower.executorch import weights
+from afq_export.lower.executorch.payload import FullyConnected, fully_connected
+from afq_export.quantize.checkpoint import StaticRange
+
+KINDS = {
+    ("qdint8", "qcint8"): "qc8w",
+    ("qdint8", "qcint4"): "qc4w",
+    ("qdint8", "qbint4"): "qb4w",
+    ("qint8", "qcint8"): "qs8",
+}
+"""(input type, weight type) -> what this package calls the kernel."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLinear:
+    """One quantized linear as it stands in a program. `number` is its place in running order, from 1.
+
+    `scales` float32 [O, G]; `bias` float32 [O], or int32 [O] steps for "qs8", or None; `input` and `output` are the
+    stored int8 grids of "qs8". Codes stay packed until asked for.
+    """
+
+    number: int
+    kind: str
+    shape: tuple[int, int]
+    scales: np.ndarray
+    bias: np.ndarray | None
+    input: StaticRange | None
+    output: StaticRange | None
+    packed: bytes = dataclasses.field(repr=False)
+
+    @property
+    def codes(self) -> np.ndarray:
+        """int8 [O, I]."""
+        if self.kind in ("qc4w", "qb4w"):
+            return weights.unpack_int4(self.packed, *self.shape)
+        return np.frombuffer(self.packed, np.int8).reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramContent:
+    """The linears of a program in running order, its delegates, and how often it calls each operator outside them."""
+
+    linears: list[PackedLinear]
+    delegates: int
+    calls: dict[str, int]
+
+
+def read_linears(pte: bytes) -> list[PackedLinear]:
+    """The quantized linears of a program, in running order. Raises InputError when `pte` is no such program."""
+    return read_program(pte).linears
+
+
+def read_program(pte: bytes) -> ProgramContent:
+    """Everything `lower_program` checks about a finished program. Raises InputError when `pte` is not one."""
+    try:
+        file = deserialize_pte_binary(pte)
+        constants = _constants(file)
+        plan = file.program.execution_plan[0]
+        linears = [
+            _linear(node, constants)
+            for delegate in plan.delegates
+            for node in fully_connected(file.program.backend_delegate_data[delegate.processed.index].data)
+            if node.weight.scales
+        ]
+        instructions = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
+        names = [
+            ".".join(filter(None, (operator.name, operator.overload))) for operator in plan.operators
+        ]
+    except (ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
+        raise InputError("not a program of this package", why=str(error)) from error
+    calls = collections.Counter(names[call.op_index] for call in instructions if isinstance(call, KernelCall))
+    delegates = sum(isinstance(call, DelegateCall) for call in instructions)
+    return ProgramContent(sorted(linears, key=lambda linear: linear.number), delegates, dict(calls))
+
+
+def _constants(file: PTEFile) -> dict[str, bytes]:
+    stored = file.named_data
+    return {} if stored is None else {key: stored.buffers[entry.buffer_index] for key, entry in stored.pte_data.items()}
+
+
+def _linear(node: FullyConnected, constants: dict[str, bytes]) -> PackedLinear:
+    weight, (outputs, inputs) = node.weight, node.weight.shape
+    kind = KINDS[_short(node.input.dtype), _short(weight.dtype)]
+    if weight.group:
+        scales = weights.from_bfloat16_bits(constants[weight.scales], outputs, inputs // weight.group)
+    else:
+        scales = np.frombuffer(constants[weight.scales], np.float32).reshape(outputs, 1)
+    static = kind == "qs8"
+    bias = None
+    if node.bias is not None:
+        bias = np.frombuffer(constants[node.bias.data], np.int32 if static else np.float32)
+    grids = [StaticRange(scale=v.scale, zero_point=v.zero_point) if static else None for v in (node.input, node.output)]
+    return PackedLinear(node.handle, kind, (outputs, inputs), scales, bias, *grids, constants[weight.data])
+
+
+def _short(dtype: XNNDatatype) -> str:
+    return dtype.name.removeprefix("xnn_datatype_")

@@ -1,0 +1,130 @@
+"""Which grid and which kernel every linear gets: the recipe against the target, before any work."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import msgspec
+
+from afq_export.arch.config import DecoderConfig
+from afq_export.arch.decoder import family
+from afq_export.errors import InputError
+from afq_export.quantize.checkpoint import LinearRecord
+from afq_export.spec.quant import Granularity, LinearSpec, QuantSpec, linear_name
+from afq_export.spec.recipe import Activations, Override, Recipe, Weights
+from afq_export.spec.target import Kernel, No, TargetProfile, Yes
+
+HEAD = "lm_head"
+
+
+def assign(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> dict[str, LinearRecord]:
+    """Every linear's grid and kernel, by name, in running order (lm_head last).
+
+    A grid that the target has no kernel for is replaced as `recipe.fallback` says, with a note. lm_head takes dynamic
+    activations whenever the blocks' are quantized: one static int8 grid for all logits would merge most of them.
+    Raises InputError when nothing fits, an override matches no linear, or the embedding's bits have no kernel.
+    """
+    _check_overrides(config, recipe)
+    _check_embedding(config, recipe, target)
+    records = {}
+    for index in range(config.layers):
+        for role, (outputs, inputs, bias) in family(config).linear_shapes(config).items():
+            name = linear_name(index, role)
+            spec = LinearSpec(name, outputs, inputs, bias, _grid(recipe, name), _activation(recipe.activations))
+            records[name] = _fit(spec, recipe, target)
+    head = Activations("none") if recipe.activations.mode == "none" else Activations("dynamic", 8)
+    spec = LinearSpec(HEAD, config.vocab, config.hidden, False, _weight(recipe.head), _activation(head))
+    if (override := _override(recipe, HEAD)) is not None:
+        spec = msgspec.structs.replace(spec, weight=_overridden(recipe.head, override))
+    records[HEAD] = _fit(spec, recipe, target)
+    return records
+
+
+def _fit(spec: LinearSpec, recipe: Recipe, target: TargetProfile) -> LinearRecord:
+    """The record of a linear: its own grid when the target runs it, else the first fallback that it runs."""
+    first = target.supports(spec)
+    if isinstance(first, Yes):
+        return _record(spec, first.kernel, "")
+    for weight in _fallbacks(spec.weight, recipe):
+        candidate = msgspec.structs.replace(spec, weight=weight)
+        answer = target.supports(candidate)
+        if isinstance(answer, Yes):
+            return _record(candidate, answer.kernel, f"{weight} instead of {spec.weight}: {first.reason}")
+    raise InputError(
+        "no kernel",
+        where=f"{target.name}: {spec.name}, weight {spec.weight}",
+        why=first.reason if isinstance(first, No) else "",
+        do=f"take another recipe, e.g. {target.default_recipe}, or another fallback than {recipe.fallback!r}",
+    )
+
+
+def _record(spec: LinearSpec, kernel: Kernel, note: str) -> LinearRecord:
+    """Scales are rounded to what the kernel keeps, so the grid says so from here on."""
+    weight = msgspec.structs.replace(spec.weight, scale_type=kernel.scale_type)
+    return LinearRecord(msgspec.structs.replace(spec, weight=weight), kernel.name, note=note)
+
+
+def _fallbacks(weight: QuantSpec, recipe: Recipe) -> list[QuantSpec]:
+    if recipe.fallback == "refuse":
+        return []
+    per_channel = QuantSpec(weight.bits, Granularity.PER_CHANNEL, weight.symmetric)
+    return [per_channel] + ([QuantSpec(8, Granularity.PER_CHANNEL)] if recipe.fallback == "int8" else [])
+
+
+def _grid(recipe: Recipe, name: str) -> QuantSpec:
+    override = _override(recipe, name)
+    return _weight(recipe.weights) if override is None else _overridden(recipe.weights, override)
+
+
+def _override(recipe: Recipe, name: str) -> Override | None:
+    """The last override whose pattern matches: later ones are the more special ones."""
+    return next((o for o in reversed(recipe.override) if fnmatch.fnmatchcase(name, o.pattern)), None)
+
+
+def _overridden(weights: Weights, override: Override) -> QuantSpec:
+    bits = weights.bits if override.bits is None else override.bits
+    group = weights.group if override.group is None else override.group
+    return _weight(Weights(bits, group, weights.symmetric))
+
+
+def _weight(weights: Weights) -> QuantSpec:
+    granularity = Granularity.PER_GROUP if weights.group else Granularity.PER_CHANNEL
+    return QuantSpec(weights.bits, granularity, weights.symmetric, weights.group)
+
+
+def _activation(activations: Activations) -> QuantSpec | None:
+    if activations.mode == "none":
+        return None
+    dynamic = activations.mode == "dynamic"
+    granularity = Granularity.PER_TOKEN if dynamic else Granularity.PER_TENSOR
+    return QuantSpec(activations.bits, granularity, symmetric=False, dynamic=dynamic)
+
+
+def _check_overrides(config: DecoderConfig, recipe: Recipe) -> None:
+    roles = family(config).linear_shapes(config)
+    names = [linear_name(i, role) for i in range(config.layers) for role in roles] + [HEAD]
+    for override in recipe.override:
+        if not fnmatch.filter(names, override.pattern):
+            raise InputError(
+                "an override matches no layer",
+                where=f"recipe {recipe.name}: override.pattern = {override.pattern!r}",
+                do=f"names are {names[0]} ... {names[-2]}, {HEAD}",
+            )
+
+
+def _check_embedding(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> None:
+    embedding = recipe.embedding
+    if embedding.bits not in target.embedding_bits:
+        raise InputError(
+            "no kernel for the embedding",
+            where=f"recipe {recipe.name} on {target.name}: embedding.bits = {embedding.bits}",
+            do=f"take one of {', '.join(map(str, target.embedding_bits))}",
+        )
+    if embedding.group and config.hidden % embedding.group:
+        raise InputError(
+            "embedding groups do not fit",
+            where=f"recipe {recipe.name}: embedding.group = {embedding.group}",
+            why=f"the hidden size {config.hidden} is not a multiple of it",
+        )
+    if embedding.bits == 4 and config.hidden % 2:
+        raise InputError("no 4-bit embedding", where=recipe.name, why=f"hidden size {config.hidden} is odd")

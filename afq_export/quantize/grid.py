@@ -1,0 +1,71 @@
+"""Uniform grids: scales from ranges, codes from scales, and the same in a form that gradients pass.
+
+Symmetric weights, G groups of g input features: `scale = clip * max|w| / qmax`, `code = clamp(round(w / scale))`,
+rounding half to even, scales rounded to what the kernel stores *before* codes are computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from afq_export.spec.quant import Granularity, QuantSpec, ScaleType
+
+SMALLEST_SCALE = 2.0**-100
+"""A group of zeros or denormals gets this scale: its codes are 0, and neither the scale nor its inverse overflows."""
+
+
+def weight_scales(weight_OI: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales [O, G] for ranges of `clip` times each group's largest absolute value. Differentiable in both."""
+    scales = clip_OG * grouped(weight_OI, spec).abs().amax(-1) / spec.qmax
+    return round_scales(scales.clamp_min(SMALLEST_SCALE), spec.scale_type)
+
+
+def weight_codes(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """Codes int8 [O, I]: `round(w / scale)` half to even, clamped to the grid."""
+    codes = (grouped(weight_OI, spec) / scales_OG[..., None]).round().clamp(spec.qmin, spec.qmax)
+    return codes.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]].to(torch.int8)
+
+
+def fake_quantize_weight(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """`scale * code` with straight-through gradients for weight and scales."""
+    values = _FakeQuantize.apply(grouped(weight_OI, spec), scales_OG[..., None], spec.qmin, spec.qmax)
+    return values.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]]
+
+
+def grouped(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
+    """The weight as [O, G, g]; a ragged last group is padded with zeros, which never widen a range."""
+    if spec.granularity is not Granularity.PER_GROUP:
+        return weight_OI[:, None, :]
+    missing = -weight_OI.shape[1] % spec.group
+    if missing:
+        weight_OI = torch.nn.functional.pad(weight_OI, (0, missing))
+    return weight_OI.view(weight_OI.shape[0], -1, spec.group)
+
+
+def round_scales(scales: Tensor, scale_type: ScaleType) -> Tensor:
+    """Scales as the kernel keeps them (bfloat16: round to nearest even), gradient passed straight through."""
+    if scale_type is ScaleType.FLOAT32:
+        return scales
+    return scales + (scales.detach().bfloat16().to(scales.dtype) - scales.detach())
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """round and clamp with the straight-through estimator, fused: one saved tensor, no graph of small operations.
+
+    d out / d w = 1 inside the range, 0 outside; d out / d scale = code - w / scale inside, code outside (LSQ,
+    arXiv 1902.08153, eq. 3).
+    """
+
+    @staticmethod
+    def forward(ctx, values: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
+        ratio = values / scale
+        codes = ratio.round().clamp_(qmin, qmax)
+        inside = (ratio >= qmin - 0.5) & (ratio <= qmax + 0.5)
+        ctx.save_for_backward(codes - ratio * inside, inside)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        slope, inside = ctx.saved_tensors
+        return grad * inside, (grad * slope).sum(-1, keepdim=True), None, None

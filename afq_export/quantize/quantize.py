@@ -1,0 +1,98 @@
+"""The quantize stage: FoldedCheckpoint, Calibration, assigned grids -> QuantizedCheckpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from afq_export.arch.decoder import family
+from afq_export.calibrate.result import BlockResult, Calibration
+from afq_export.fold.folded import FoldedCheckpoint
+from afq_export.progress import Progress
+from afq_export.quantize.assign import HEAD
+from afq_export.quantize.checkpoint import (
+    LinearRecord,
+    QuantizedCheckpoint,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedPart,
+    write_checkpoint,
+)
+from afq_export.quantize.grid import weight_codes, weight_scales
+from afq_export.spec.quant import Granularity, QuantSpec, linear_name
+from afq_export.spec.recipe import Embedding
+
+
+def quantize(
+    folded: FoldedCheckpoint,
+    calibration: Calibration,
+    records: Mapping[str, LinearRecord],
+    embedding: Embedding,
+    folder: Path,
+    provenance: dict[str, Any],
+    progress: Progress,
+) -> QuantizedCheckpoint:
+    """Integers of every linear and embedding row, written to `folder`. One block in memory at a time."""
+    config = folded.config
+    head = {key: tensor.float() for key, tensor in folded.head(torch.float64).items()}
+    head_clip = calibration.head_clip(records[HEAD].spec)
+    outer_floats = {f"head.float.{key}": t for key, t in head.items() if not key.startswith(HEAD)}
+    rows = folded.embedding()
+    outer_floats |= {f"embedding.float.{key}": t for key, t in rows.items() if key != "embed_tokens.weight"}
+
+    def blocks() -> Iterator[QuantizedPart]:
+        for index in range(config.layers):
+            progress("quantize", index, config.layers)
+            yield quantize_block(folded, calibration.block(index), records, index)
+        progress("quantize", config.layers, config.layers)
+
+    return write_checkpoint(
+        folder,
+        config,
+        blocks(),
+        quantize_embedding(rows["embed_tokens.weight"], embedding),
+        QuantizedPart((quantize_linear(records[HEAD], head, head_clip, HEAD),), outer_floats),
+        provenance,
+    )
+
+
+def quantize_block(
+    folded: FoldedCheckpoint, result: BlockResult, records: Mapping[str, LinearRecord], index: int
+) -> QuantizedPart:
+    """The linears and norms of one block, from its folded weights, learned clipping and static ranges."""
+    weights = folded.block(index)
+    roles = family(folded.config).linear_shapes(folded.config)
+    linears = []
+    for role in roles:
+        ranges = result.ranges.get(role)
+        record = records[linear_name(index, role)]
+        if ranges is not None:
+            record = msgspec.structs.replace(record, input=ranges[0], output=ranges[1])
+        linears.append(quantize_linear(record, weights, result.clips[role], role))
+    floats = {f"float.{key}": t for key, t in weights.items() if key.rsplit(".", 1)[0] not in roles}
+    return QuantizedPart(tuple(linears), floats)
+
+
+def quantize_linear(
+    record: LinearRecord, weights: Mapping[str, Tensor], clip_OG: Tensor, role: str
+) -> QuantizedLinear:
+    """Codes and scales of one linear from float32 weights [O, I] and its clipping factors [O, G]."""
+    weight, spec = weights[f"{role}.weight"], record.spec.weight
+    scales = weight_scales(weight, clip_OG.float(), spec)
+    return QuantizedLinear(record, weight_codes(weight, scales, spec), scales, weights.get(f"{role}.bias"))
+
+
+def quantize_embedding(rows_VD: Tensor, embedding: Embedding) -> QuantizedEmbedding:
+    """Token rows on the recipe's grid; one scale per row, or per group of columns."""
+    if embedding.bits == 32:
+        return QuantizedEmbedding(32, 0, rows_VD, None)
+    granularity = Granularity.PER_GROUP if embedding.group else Granularity.PER_CHANNEL
+    spec = QuantSpec(embedding.bits, granularity, group=embedding.group)
+    clip = torch.ones(rows_VD.shape[0], spec.groups(rows_VD.shape[1]))
+    scales = weight_scales(rows_VD, clip, spec)
+    return QuantizedEmbedding(embedding.bits, embedding.group, weight_codes(rows_VD, scales, spec), scales)

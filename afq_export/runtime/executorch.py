@@ -1,0 +1,122 @@
+"""Runs exported .pte programs through ExecuTorch's own runtime on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afq_export.errors import InputError, MissingToolError
+
+IDENTIFIER = b"ET12"
+HEADER_MAGIC = b"eh00"
+"""First bytes of a program: 4 bytes offset, identifier, header magic, header length (u32), then three u64 sizes."""
+
+
+def require_executorch() -> None:
+    """Raises MissingToolError when ExecuTorch is not installed."""
+    if importlib.util.find_spec("executorch") is None:
+        raise MissingToolError("ExecuTorch is not installed", do='run `pip install "executorch>=1.5.1,<1.6"`')
+
+
+class ExecutorchSession:
+    """`Session` of a .pte that `lower_program` made.
+
+    Raises MissingToolError without ExecuTorch, InputError when the file is missing, truncated, or another program.
+    """
+
+    def __init__(self, path: Path) -> None:
+        require_executorch()
+        check_program_file(path)
+        # Both imports register the operators that our programs call; they must come before the program is loaded.
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
+        from executorch.extension.pybindings import portable_lib
+
+        self._path = path
+        verification = portable_lib.Verification.InternalConsistency
+        try:
+            self._module = portable_lib._load_for_executorch(str(path), program_verification=verification)
+        except RuntimeError as error:
+            raise InputError("cannot load the program", where=str(path), why=str(error)) from error
+        self.vocab = self._constant("get_vocab_size")
+        self.context = self._constant("get_max_context_len")
+        self.prefill = self._constant("get_max_seq_len")
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 [T, V] of a sequence from position 0 (see `Session`)."""
+        return self.extend(ids, 0)
+
+    def extend(self, ids: Tensor, position: int) -> Tensor:
+        """Float32 [T, V] of tokens after `position` others (see `Session`)."""
+        self._check(ids, position)
+        rows = [
+            self._call(part, position + start * self.prefill) for start, part in enumerate(ids.split(self.prefill))
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
+        """Greedy continuation (see `Session`)."""
+        position, generated = len(ids), []
+        row = self.logits(ids)[-1]
+        while len(generated) < tokens:
+            best = int(row.argmax())
+            if best in stop:
+                break
+            generated.append(best)
+            if len(generated) == tokens or position == self.context:
+                break
+            row = self._call(torch.tensor([best]), position)[-1]
+            position += 1
+        return generated
+
+    def _call(self, ids: Tensor, position: int) -> Tensor:
+        inputs = [ids.to(torch.long)[None], torch.tensor([position])]
+        try:
+            return self._module.forward(inputs)[0][0]
+        except RuntimeError as error:
+            raise InputError("the program does not run", where=str(self._path), why=str(error)) from error
+
+    def _check(self, ids: Tensor, position: int) -> None:
+        if ids.ndim != 1 or not len(ids):
+            raise InputError("token ids must be one sequence", why=f"shape {tuple(ids.shape)}")
+        if position < 0 or position + len(ids) > self.context:
+            raise InputError(
+                "the sequence is longer than the program's context",
+                where=str(self._path),
+                why=f"{position + len(ids)} tokens, context {self.context}",
+                do="shorten the text or lower with a larger context",
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab:
+            raise InputError("a token id is outside the vocabulary", why=f"ids {low}..{high}, vocabulary {self.vocab}")
+
+    def _constant(self, name: str) -> Any:
+        try:
+            return int(self._module.run_method(name, [])[0])
+        except RuntimeError as error:
+            raise InputError("not a program of this package", where=str(self._path), why=f"no {name}") from error
+
+
+def check_program_file(path: Path) -> None:
+    """Raises InputError unless `path` begins like a program and is as long as its header says.
+
+    The runtime aborts the process on some files that are no programs, so they must not reach it. Damage inside a file
+    of the right length is not seen here; the manifest's sha256 is what finds it.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(40)
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError("no program", where=str(path), why=error.strerror or str(error)) from error
+    if len(head) < 40 or head[4:8] != IDENTIFIER or head[8:12] != HEADER_MAGIC:
+        raise InputError("not an ExecuTorch program", where=str(path))
+    _, program, segments_start, segments = struct.unpack("<IQQQ", head[12:40])
+    expected = max(program, segments_start + segments)
+    if size < expected:
+        raise InputError("the program is truncated", where=str(path), why=f"{size} bytes of {expected}")

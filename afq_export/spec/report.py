@@ -1,0 +1,219 @@
+"""report.json and manifest.json: a stable interface.
+
+Fields may be added; a field that changes its meaning or goes away raises `SCHEMA_VERSION`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from afq_export.spec.strict import Data
+
+SCHEMA_VERSION = 1
+
+RUNGS = ("float", "folded", "fake_quant", "integer", "runtime")
+"""The ladder, from the model as it came to the exported file in its real runtime."""
+
+Status = Literal["passed", "failed", "skipped"]
+
+
+class Check(Data):
+    """One thing that was to be shown. `skipped` never counts as passed; `detail` holds the figures or the reason."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+class Perplexity(Data):
+    """exp of the mean negative log-likelihood of `tokens` predictions, and its standard error."""
+
+    value: float
+    stderr: float
+    tokens: int
+
+
+class Perplexities(Data):
+    """Per rung, null where the rung did not run (a check says why)."""
+
+    float_: Perplexity | None = msgspec.field(name="float", default=None)
+    folded: Perplexity | None = None
+    fake_quant: Perplexity | None = None
+    integer: Perplexity | None = None
+    runtime: Perplexity | None = None
+
+    def items(self) -> list[tuple[str, Perplexity | None]]:
+        """Rung and figure, in the order of the ladder."""
+        return list(zip(RUNGS, (self.float_, self.folded, self.fake_quant, self.integer, self.runtime), strict=True))
+
+
+class Protocol(Data):
+    """What makes two perplexities comparable: text, tokenizer and how the windows were cut."""
+
+    corpus: str
+    digest: str
+    tokenizer_digest: str
+    window: int
+    stride: int
+    bos: bool
+    windows: int
+    windows_in_corpus: int
+
+
+class Agreement(Data):
+    """Teacher-forced agreement of a rung with its reference: share of equal argmaxes, mean KL(reference || rung)."""
+
+    top1: float
+    kl: float
+    tokens: int
+
+
+class Disagreement(Data):
+    """A token at which file and integer reference choose differently, and why.
+
+    `margin` is the reference's logit gap between the two choices over its largest |logit|. `flipped_step` names the
+    first linear in whose input an int8 code depends on the last float32 bits.
+    """
+
+    window: int
+    position: int
+    reference: int
+    runtime: int
+    margin: float
+    reason: Literal["near_tie", "flipped_step", "unexplained"]
+    layer: str | None = None
+
+
+class AgreementReport(Data):
+    """The exported file against the integer reference, and every rung against the float model."""
+
+    top1: float | None
+    kl: float | None
+    against_float: dict[str, Agreement]
+    disagreements: tuple[Disagreement, ...] = ()
+
+
+class FoldReport(Data):
+    """max |difference of logits| / max |logit| of folded against float, by the dtype of the computation."""
+
+    max_relative_error_float64: float | None
+    max_relative_error_float32: float | None
+    first_block: str | None = None
+
+
+class LayerReport(Data):
+    """One linear alone in the real runtime, on real activations, against the integer model.
+
+    `exact`: equal bit for bit. `max_steps`: largest difference in output steps (static: codes of the output grid;
+    dynamic: units of the int32 accumulator). `max_relative_error`: over the largest |output|. `sqnr_db`: the float
+    layer's output power over that of the quantization error. Null: could not be measured.
+    """
+
+    name: str
+    kernel: str
+    passed: bool | None
+    exact: bool | None
+    max_steps: float | None
+    max_relative_error: float | None
+    sqnr_db: float | None
+    note: str = ""
+
+
+class Lowered(Data, kw_only=False):
+    """A linear and the kernel that runs it."""
+
+    name: str
+    kernel: str
+
+
+class Refused(Data, kw_only=False):
+    """What the backend did not take, how often, and why."""
+
+    what: str
+    count: int
+    reason: str
+
+
+class Coverage(Data, kw_only=False):
+    """What was lowered to which kernel, and what stays outside."""
+
+    lowered: tuple[Lowered, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+
+class Cost(Data):
+    """What the run took; null when a stage was not run in this process."""
+
+    calibrate_s: float | None = None
+    export_s: float | None = None
+    peak_rss_mb: float | None = None
+
+
+class Artifact(Data):
+    """The exported file."""
+
+    bytes: int
+    sha256: str
+    name: str = "model.pte"
+
+
+class Model(Data):
+    """The source model. `digest` is the sha256 of its weights."""
+
+    name: str
+    digest: str
+    type: str
+    parameters: int | None = None
+
+
+class ValidationReport(Data):
+    """report.json. `verdict` is `pass` only when no check failed and none that the verdict needs was skipped."""
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Literal["pass", "fail"]
+    model: Model
+    recipe: str
+    target: str
+    protocol: Protocol
+    perplexity: Perplexities
+    agreement: AgreementReport
+    fold: FoldReport
+    layers: tuple[LayerReport, ...]
+    first_departure: str | None
+    coverage: Coverage
+    cost: Cost
+    artifact: Artifact | None
+    checks: tuple[Check, ...]
+
+
+class ManifestModel(Data):
+    """Name and weights' digest of the source model."""
+
+    name: str
+    digest: str
+
+
+class Manifest(Data):
+    """manifest.json: the sha256 of every other file of the bundle, and what it was made from and by."""
+
+    schema_version: int = SCHEMA_VERSION
+    files: dict[str, str]
+    model: ManifestModel
+    recipe: str
+    target: str
+    versions: dict[str, str]
+    seed: int
+    command: tuple[str, ...]
+
+
+def to_json(report: ValidationReport | Manifest) -> str:
+    """Readable JSON, the same bytes for the same report: fields in the order of the struct, final newline."""
+    encoded = msgspec.json.encode(report, order="deterministic")
+    return msgspec.json.format(encoded, indent=1).decode() + "\n"
+
+
+def read_report(data: bytes) -> ValidationReport:
+    """Inverse of `to_json` for a report. Raises msgspec.DecodeError when it does not fit."""
+    return msgspec.json.decode(data, type=ValidationReport)

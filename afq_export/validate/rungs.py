@@ -1,0 +1,180 @@
+"""The decoder on each rung of the ladder: the same family functions, other `Ops`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afq_export.arch import decoder
+from afq_export.arch.config import DecoderConfig
+from afq_export.arch.ops import FloatOps, Ops, Weights
+from afq_export.load.checkpoint import DecoderWeights
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.spec.target import TargetProfile
+from afq_export.validate.integer.xnnpack import (
+    dequantize_static,
+    integer_linear,
+    quantize_static,
+    quantize_tokens,
+)
+
+
+class Rung(Protocol):
+    """A decoder that is read one block at a time. What `block` and `head` return is dropped after use."""
+
+    @property
+    def config(self) -> DecoderConfig: ...
+
+    def embed(self, ids_NT: Tensor) -> Tensor:
+        """Hidden states [N, T, D] before the first block."""
+
+    def block(self, index: int) -> Ops:
+        """The operations of block `index`."""
+
+    def head(self) -> Ops:
+        """`final_norm` and `lm_head`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatRung:
+    """Plain floating point: the model as it came, or folded. `dtype` float64 for the fold check."""
+
+    weights: DecoderWeights
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.weights.config
+
+    def embed(self, ids_NT: Tensor) -> Tensor:
+        return decoder.embed(self.config, self.weights.embedding(self.dtype), ids_NT)
+
+    def block(self, index: int) -> Ops:
+        return FloatOps(self.config, self.weights.block(index, self.dtype))
+
+    def head(self) -> Ops:
+        return FloatOps(self.config, self.weights.head(self.dtype))
+
+
+class FakeQuantOps:
+    """Dequantized codes times fake-quantized activations, a float32 matmul: what training and calibration see."""
+
+    def __init__(self, config: DecoderConfig, linears: Mapping[str, QuantizedLinear], floats: Weights) -> None:
+        self.float_ops, self.linears = FloatOps(config, floats), linears
+
+    def linear(self, role: str, x: Tensor) -> Tensor:
+        linear = self.linears[role]
+        record = linear.record
+        y = F.linear(fake_quantized(linear, x), linear.dequantized(), linear.bias)
+        return y if record.output is None else dequantize_static(quantize_static(y, record.output), record.output)
+
+    def norm(self, role: str, x: Tensor) -> Tensor:
+        return self.float_ops.norm(role, x)
+
+    def activation(self, x: Tensor) -> Tensor:
+        return self.float_ops.activation(x)
+
+
+class IntegerOps:
+    """The target's integer kernels, exactly; everything between them in the dtype of `x` and of `floats`."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        linears: Mapping[str, QuantizedLinear],
+        floats: Weights,
+        arithmetics: Mapping[str, str],
+    ) -> None:
+        """`arithmetics`: kernel name -> `Kernel.arithmetic`."""
+        self.float_ops, self.linears, self.arithmetics = FloatOps(config, floats), linears, arithmetics
+
+    def linear(self, role: str, x: Tensor) -> Tensor:
+        linear = self.linears[role]
+        return integer_linear(self.arithmetics[linear.record.kernel], linear, x.float()).to(x.dtype)
+
+    def norm(self, role: str, x: Tensor) -> Tensor:
+        return self.float_ops.norm(role, x)
+
+    def activation(self, x: Tensor) -> Tensor:
+        return self.float_ops.activation(x)
+
+
+class ObservedOps:
+    """Passes everything on to `ops` and shows the input of every linear to `observe(role, x)`."""
+
+    def __init__(self, ops: Ops, observe: Callable[[str, Tensor], None]) -> None:
+        self.ops, self.observe = ops, observe
+
+    def linear(self, role: str, x: Tensor) -> Tensor:
+        self.observe(role, x)
+        return self.ops.linear(role, x)
+
+    def norm(self, role: str, x: Tensor) -> Tensor:
+        return self.ops.norm(role, x)
+
+    def activation(self, x: Tensor) -> Tensor:
+        return self.ops.activation(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedRung:
+    """A quantized checkpoint under one kind of Ops. `dtype` is that of what is not a quantized linear."""
+
+    checkpoint: QuantizedCheckpoint
+    make_ops: Callable[[Mapping[str, QuantizedLinear], Weights], Ops]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.checkpoint.config
+
+    def embed(self, ids_NT: Tensor) -> Tensor:
+        rows = {"embed_tokens.weight": self.checkpoint.embedding().dequantized()}
+        return decoder.embed(self.config, self._cast(rows | self.checkpoint.embedding_floats()), ids_NT)
+
+    def block(self, index: int) -> Ops:
+        return self.make_ops(self.checkpoint.block(index), self._cast(self.checkpoint.block_floats(index)))
+
+    def head(self) -> Ops:
+        lm_head = {"lm_head": self.checkpoint.linear("lm_head")}
+        return self.make_ops(lm_head, self._cast(self.checkpoint.head_floats()))
+
+    def _cast(self, floats: Weights) -> Weights:
+        return {name: tensor.to(self.dtype) for name, tensor in floats.items()}
+
+
+def fake_quant_rung(checkpoint: QuantizedCheckpoint) -> QuantizedRung:
+    """The checkpoint as fake quantization computes it."""
+    return QuantizedRung(checkpoint, lambda linears, floats: FakeQuantOps(checkpoint.config, linears, floats))
+
+
+def integer_rung(
+    checkpoint: QuantizedCheckpoint, target: TargetProfile, dtype: torch.dtype = torch.float32
+) -> QuantizedRung:
+    """The checkpoint as the target's kernels compute it."""
+    arithmetics = {kernel.name: kernel.arithmetic for kernel in target.kernels}
+    return QuantizedRung(
+        checkpoint, lambda linears, floats: IntegerOps(checkpoint.config, linears, floats, arithmetics), dtype
+    )
+
+
+def fake_quantized(linear: QuantizedLinear, x: Tensor) -> Tensor:
+    """`x` through the int8 grid of the linear's input, back in float32; `x` itself when its activations are float."""
+    if linear.spec.activation is None:
+        return x
+    if linear.record.input is not None:
+        return dequantize_static(quantize_static(x, linear.record.input), linear.record.input)
+    return quantize_tokens(x).dequantized()
+
+
+def input_codes(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
+    """The integers that the kernel makes of its input, [T, I], or [T, I + 1] with the zero point of dynamic grids."""
+    if linear.record.input is not None:
+        return quantize_static(x_TI, linear.record.input)
+    tokens = quantize_tokens(x_TI)
+    return torch.cat((tokens.codes, tokens.zero_point), dim=-1)
