@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afq_export.errors import InputError, MissingToolError
+from afq_export.errors import InputError
+from afq_export.runtime.library import load_runtime
 
 IDENTIFIER = b"ET12"
 HEADER_MAGIC = b"eh00"
 """First bytes of a program: 4 bytes offset, identifier, header magic, header length (u32), then three u64 sizes."""
-
-
-def require_executorch() -> None:
-    """Raises MissingToolError when ExecuTorch is not installed."""
-    if importlib.util.find_spec("executorch") is None:
-        raise MissingToolError("ExecuTorch is not installed", do='run `pip install "executorch>=1.5.1,<1.6"`')
 
 
 class ExecutorchSession:
@@ -30,17 +24,12 @@ class ExecutorchSession:
     """
 
     def __init__(self, path: Path) -> None:
-        require_executorch()
+        runtime = load_runtime()
         check_program_file(path)
-        # Both imports register the operators that our programs call; they must come before the program is loaded.
-        import executorch.kernels.quantized  # noqa: F401
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401
-        from executorch.extension.pybindings import portable_lib
-
         self._path = path
-        verification = portable_lib.Verification.InternalConsistency
+        verification = runtime.Verification.InternalConsistency
         try:
-            self._module = portable_lib._load_for_executorch(str(path), program_verification=verification)
+            self._module = runtime._load_for_executorch(str(path), program_verification=verification)
         except RuntimeError as error:
             raise InputError("cannot load the program", where=str(path), why=str(error)) from error
         self.vocab = self._constant("get_vocab_size")
@@ -54,9 +43,7 @@ class ExecutorchSession:
     def extend(self, ids: Tensor, position: int) -> Tensor:
         """Float32 [T, V] of tokens after `position` others (see `Session`)."""
         self._check(ids, position)
-        rows = [
-            self._call(part, position + start * self.prefill) for start, part in enumerate(ids.split(self.prefill))
-        ]
+        rows = [self._call(part, position + start * self.prefill) for start, part in enumerate(ids.split(self.prefill))]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:

@@ -121,14 +121,14 @@ class LayerReport(Data):
     note: str = ""
 
 
-class Lowered(Data, kw_only=False):
+class Lowered(Data):
     """A linear and the kernel that runs it."""
 
     name: str
     kernel: str
 
 
-class Refused(Data, kw_only=False):
+class Refused(Data):
     """What the backend did not take, how often, and why."""
 
     what: str
@@ -136,7 +136,7 @@ class Refused(Data, kw_only=False):
     reason: str
 
 
-class Coverage(Data, kw_only=False):
+class Coverage(Data):
     """What was lowered to which kernel, and what stays outside."""
 
     lowered: tuple[Lowered, ...] = ()
@@ -168,7 +168,7 @@ class Model(Data):
     parameters: int | None = None
 
 
-class ValidationReport(Data):
+class ValidationReport(Data, kw_only=True):
     """report.json. `verdict` is `pass` only when no check failed and none that the verdict needs was skipped."""
 
     schema_version: int = SCHEMA_VERSION
@@ -195,7 +195,7 @@ class ManifestModel(Data):
     digest: str
 
 
-class Manifest(Data):
+class Manifest(Data, kw_only=True):
     """manifest.json: the sha256 of every other file of the bundle, and what it was made from and by."""
 
     schema_version: int = SCHEMA_VERSION

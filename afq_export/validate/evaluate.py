@@ -83,8 +83,7 @@ def measure(
 ) -> Measurement:
     """Runs every rung over all windows; `pairs` are (reference, rung) names to compare."""
     parts = [
-        _measure_chunk(rungs, chunk, pairs, progress)
-        for chunk in ids_NT.split(max(1, CHUNK_TOKENS // ids_NT.shape[1]))
+        _measure_chunk(rungs, chunk, pairs, progress) for chunk in ids_NT.split(max(1, CHUNK_TOKENS // ids_NT.shape[1]))
     ]
     return Measurement(
         rungs={name: _join([part.rungs[name] for part in parts]) for name in rungs},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -84,5 +85,5 @@ def _compare(
 
 def relative_error(reference: Tensor, other: Tensor) -> float:
     """max |difference| / max |reference|; infinite when anything is not finite."""
-    error = float((other - reference).abs().max() / reference.abs().max().clamp(min=1e-300 if reference.dtype is torch.float64 else 1e-30))
-    return error if error == error else float("inf")
+    error = float((other - reference).abs().max() / reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    return error if math.isfinite(error) else math.inf

@@ -13,7 +13,10 @@ from torch import Tensor
 
 
 def bundled_program(pte: bytes, cases: Sequence[tuple[list[Tensor], list[Tensor]]]) -> bytes:
-    """The .bpte of a finished program; each case is (inputs, expected outputs) of `forward`. Nothing is lowered again."""
+    """The .bpte of a finished program; each case is (inputs, expected outputs) of `forward`.
+
+    Nothing is lowered again. `BundledModule.verify_result_with_bundled_expected_output` runs a case and compares.
+    """
     suite = MethodTestSuite(
         "forward", [MethodTestCase(inputs=given, expected_outputs=expected) for given, expected in cases]
     )

@@ -122,5 +122,3 @@ def _dynamic_dimension(segment: Segment) -> tuple[int, int] | None:
         ),
         None,
     )
-
-

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import executorch.kernels.quantized  # noqa: F401  (registers the quantized embedding operators)
 import torch
 import torch.nn.functional as F
-from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (registers llama::update_cache, custom_sdpa)
 from torch import Tensor, nn
 
 from afq_export.arch.attention import rope_tables
@@ -29,9 +27,8 @@ class CachedDecoder(nn.Module):
         super().__init__()
         self.config, self.segments, self.context = checkpoint.config, segments, context
         self.rows = TokenRows(checkpoint.embedding())
-        self.positions = nn.Module()
-        for name, tensor in checkpoint.embedding_floats().items():
-            self.positions.register_buffer(name.replace(".", "_"), tensor.float())
+        positions = checkpoint.embedding_floats().get("embed_positions.weight")
+        self.register_buffer("positions", None if positions is None else positions.float())
         if self.config.rope:
             cos_Sd, sin_Sd = rope_tables(self.config.rope, torch.arange(context))
             self.register_buffer("cos", cos_Sd)
@@ -61,7 +58,7 @@ class CachedDecoder(nn.Module):
         return call_segment(last, [x, attended])[0]
 
     def _embed(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        weights = {name.replace("_weight", ".weight"): table for name, table in self.positions.named_buffers()}
+        weights = {} if self.positions is None else {"embed_positions.weight": self.positions}
         positions = input_pos + torch.arange(tokens.shape[1])
         return family(self.config).embed(self.config, self.rows(tokens), weights, positions)
 

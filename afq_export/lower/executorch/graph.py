@@ -107,9 +107,7 @@ class XnnGraph:
         result = self._value(tuple(rows if size == WHOLE else size for size in shape))
         new_shape = [WHOLE if isinstance(size, Tokens) else size for size in shape]
         self._node(
-            xnn.XNNStaticReshape(
-                num_dims=len(shape), new_shape=new_shape, input_id=operand, output_id=result, flags=0
-            )
+            xnn.XNNStaticReshape(num_dims=len(shape), new_shape=new_shape, input_id=operand, output_id=result, flags=0)
         )
         return result
 
@@ -206,7 +204,7 @@ class XnnGraph:
         handle: int = 0,
         grid: xnn.PerTensorQuant | None = None,
     ) -> int:
-        """`x W^T + b`. `grid` makes the result int8 (static kernels only). `handle` marks the node in file and traces."""
+        """`x W^T + b`. `grid` makes the result int8 (static kernels only). `handle` marks the node in the file."""
         dtype = DType.xnn_datatype_fp32 if grid is None else DType.xnn_datatype_qint8
         result = self._value((*self.shapes[operand][:-1], self.shapes[weight][0]), dtype, grid)
         self._node(
@@ -251,9 +249,7 @@ class XnnGraph:
         self._store.add_named_data(key, data, CONSTANT_TENSOR_ALIGNMENT)
         return len(self._constants) - 1
 
-    def _value(
-        self, shape: Shape, dtype: DType = DType.xnn_datatype_fp32, grid: Any = None, buffer: int = 0
-    ) -> int:
+    def _value(self, shape: Shape, dtype: DType = DType.xnn_datatype_fp32, grid: Any = None, buffer: int = 0) -> int:
         tensor = xnn.XNNTensorValue(
             datatype=dtype,
             num_dims=len(shape),

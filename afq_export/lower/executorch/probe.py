@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from executorch.extension.pybindings import portable_lib
 from torch import Tensor, nn
 
 from afq_export.errors import InputError
 from afq_export.lower.executorch.compose import call_segment, export_program
 from afq_export.lower.executorch.segments import Segment, probe_segment
 from afq_export.quantize.checkpoint import QuantizedLinear
+from afq_export.runtime.library import load_runtime
 
 
 def run_linears(linears: Sequence[QuantizedLinear], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -28,7 +28,7 @@ def run_linears(linears: Sequence[QuantizedLinear], inputs: Mapping[str, np.ndar
     segment = probe_segment(named, shapes)
     example = tuple(torch.from_numpy(array) for array in arrays.values())
     buffer = export_program(_Probe(segment), example, [segment]).buffer
-    results = portable_lib._load_for_executorch_from_buffer(buffer).forward(list(example))
+    results = load_runtime()._load_for_executorch_from_buffer(buffer).forward(list(example))
     return {name: result.numpy().copy() for name, result in zip(named, results, strict=True)}
 
 

@@ -14,8 +14,9 @@ from afq_export.lower.executorch.decoder import CachedDecoder
 from afq_export.lower.executorch.metadata import metadata
 from afq_export.lower.executorch.readback import PackedLinear, read_program
 from afq_export.lower.executorch.segments import Segment, linear_handles, segments
+from afq_export.lower.executorch.weights import static_bias
 from afq_export.progress import Progress
-from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear, StaticRange
 from afq_export.spec.report import Coverage
 from afq_export.spec.target import TargetProfile
 
@@ -96,12 +97,20 @@ def _difference(ours: QuantizedLinear, theirs: PackedLinear) -> str:
         return "scales differ"
     if (ours.bias is None) != (theirs.bias is None):
         return "bias is missing" if theirs.bias is None else "a bias was added"
-    static = ours.record.input is not None
-    if ours.bias is not None and not static and not np.array_equal(ours.bias.float().numpy(), theirs.bias):
+    if ours.bias is not None and not np.array_equal(_stored_bias(ours), theirs.bias):
         return "bias differs"
-    for side, grid, stored in (("input", ours.record.input, theirs.input), ("output", ours.record.output, theirs.output)):
-        if grid is None:
-            continue
-        if stored is None or (np.float32(grid.scale), grid.zero_point) != (np.float32(stored.scale), stored.zero_point):
-            return f"{side} grid differs"
-    return ""
+    grids = {"input": (ours.record.input, theirs.input), "output": (ours.record.output, theirs.output)}
+    return next((f"{side} grid differs" for side, (grid, stored) in grids.items() if not _same(grid, stored)), "")
+
+
+def _stored_bias(linear: QuantizedLinear) -> np.ndarray:
+    """The bias as the kernel takes it: float32, or int32 steps when the input's grid is stored."""
+    bias, grid = linear.bias.float().numpy(), linear.record.input
+    return bias if grid is None else static_bias(bias, grid.scale, linear.scales.float().numpy())
+
+
+def _same(grid: StaticRange | None, stored: StaticRange | None) -> bool:
+    """Whether two static grids are one, in the precision of the file (float32 scale)."""
+    if grid is None or stored is None:
+        return grid is stored
+    return np.float32(grid.scale) == np.float32(stored.scale) and grid.zero_point == stored.zero_point

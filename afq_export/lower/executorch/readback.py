@@ -76,9 +76,7 @@ def read_program(pte: bytes) -> ProgramContent:
             if node.weight.scales
         ]
         instructions = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
-        names = [
-            ".".join(filter(None, (operator.name, operator.overload))) for operator in plan.operators
-        ]
+        names = [".".join(filter(None, (operator.name, operator.overload))) for operator in plan.operators]
     except (ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
         raise InputError("not a program of this package", why=str(error)) from error
     calls = collections.Counter(names[call.op_index] for call in instructions if isinstance(call, KernelCall))

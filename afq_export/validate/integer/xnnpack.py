@@ -132,10 +132,10 @@ ARITHMETICS: dict[str, Callable[[QuantizedLinear, Tensor], Tensor]] = {
 
 
 def integer_linear(arithmetic: str, linear: QuantizedLinear, x: Tensor) -> Tensor:
-    """What the kernel gives for float32 `x [..., I]`: float32 `[..., O]`. Raises InputError on an unknown arithmetic."""
+    """What the kernel gives for float32 `x [..., I]`: float32 `[..., O]`. Raises InputError for an unknown name."""
     if arithmetic not in ARITHMETICS:
-        known = ", ".join(ARITHMETICS)
-        raise InputError("no integer model", where=linear.spec.name, why=f"arithmetic {arithmetic!r}", do=f"one of {known}")
+        known = f"there are {', '.join(ARITHMETICS)}"
+        raise InputError("no integer model", where=linear.spec.name, why=f"arithmetic {arithmetic!r}", do=known)
     out = ARITHMETICS[arithmetic](linear, x.reshape(-1, x.shape[-1]))
     return out.view(*x.shape[:-1], out.shape[-1])
 

@@ -1,0 +1,190 @@
+"""A request as typed, and the job it means: everything opened, checked and refused before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from afq_export.errors import InputError, MissingToolError
+from afq_export.fold.forms import SiteChoice, choose_forms
+from afq_export.load.checkpoint import FloatCheckpoint
+from afq_export.load.corpus import Corpus, Windows, cut_windows, read_corpus, read_text_corpus, refuse_overlap
+from afq_export.load.model import open_model
+from afq_export.load.tiny import tiny_copy
+from afq_export.load.tokenizer import open_tokenizer, tokenizer_digest
+from afq_export.quantize.assign import assign
+from afq_export.quantize.checkpoint import LinearRecord
+from afq_export.spec.catalog import demo_model, load_corpus, load_recipe, load_target
+from afq_export.spec.recipe import Recipe
+from afq_export.spec.target import TargetProfile
+
+DEMO_CALIBRATION, DEMO_EVALUATION = "demo-calibration", "demo-evaluation"
+TINY_CHANGES = (
+    "samples.windows=4",
+    "samples.length=32",
+    "learning.epochs=1",
+    "learning.batch=2",
+)
+TINY_WINDOWS = 2
+VERSIONED = ("afq-export", "torch", "transformers", "executorch", "torchao", "onnxruntime", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for. None: the default (the demo model, the target's recipe, the demo corpora).
+
+    `eval_windows` None: 40 evenly spaced windows; 0: all. `window`: tokens of an evaluation window.
+    """
+
+    target: str = "android-xnnpack"
+    model: str | None = None
+    recipe: str | None = None
+    changes: tuple[str, ...] = ()
+    calib: str | None = None
+    eval: str | None = None
+    out: str | None = None
+    seed: int = 0
+    tiny: bool = False
+    window: int | None = None
+    eval_windows: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request whose every part exists and fits. `defaults` names what was taken because nothing was said."""
+
+    request: Request
+    model: FloatCheckpoint
+    tokenizer: Any
+    recipe: Recipe
+    target: TargetProfile
+    records: Mapping[str, LinearRecord]
+    choices: tuple[SiteChoice, ...]
+    calibration: Windows
+    evaluation: Windows
+    out: Path
+    defaults: tuple[str, ...]
+
+    @property
+    def bundle(self) -> Path:
+        """Where the bundle goes."""
+        return self.out / "bundle"
+
+    def fingerprint(self) -> dict[str, str]:
+        """Everything that the artifact's bytes depend on, flat, so that a difference can be named."""
+        facts = {"weights": self.model.digest, "seed": str(self.request.seed)}
+        facts |= _flat("recipe", msgspec.to_builtins(self.recipe))
+        facts |= _flat("target", msgspec.to_builtins(self.target))
+        facts |= {f"version.{name}": number for name, number in versions().items()}
+        ids = self.calibration.ids_NT.numpy().tobytes()
+        return facts | {"calibration tokens": hashlib.sha256(ids).hexdigest()}
+
+
+def resolve(request: Request) -> Job:
+    """Opens and checks everything that `request` names. Raises InputError or MissingToolError, before any work."""
+    target = load_target(request.target)
+    check_tools(target)
+    changes = (TINY_CHANGES + request.changes) if request.tiny else request.changes
+    recipe = load_recipe(request.recipe or target.default_recipe, changes)
+    model, defaults = _model(request)
+    records = assign(model.config, recipe, target)
+    choices = choose_forms(model.config, recipe.transforms)
+    tokenizer = open_tokenizer(model)
+    calibration, evaluation = _corpora(request)
+    refuse_overlap(calibration, evaluation)
+    digest = tokenizer_digest(tokenizer)
+    length = min(recipe.samples.length, model.config.max_positions)
+    window = _window(request, model, target)
+    count = TINY_WINDOWS if request.tiny else {None: 40, 0: None}.get(request.eval_windows, request.eval_windows)
+    if request.recipe is None:
+        defaults += (f"recipe {recipe.name} (the target's default)",)
+    if request.calib is None:
+        defaults += ("calibration on the demo corpus",)
+    if request.eval is None:
+        defaults += ("evaluation on the demo corpus",)
+    return Job(
+        request=request,
+        model=model,
+        tokenizer=tokenizer,
+        recipe=recipe,
+        target=target,
+        records=records,
+        choices=choices,
+        calibration=cut_windows(calibration, tokenizer, digest, length, recipe.samples.windows),
+        evaluation=cut_windows(evaluation, tokenizer, digest, window, count),
+        out=Path(request.out or _default_out(model, target, recipe)),
+        defaults=defaults,
+    )
+
+
+def open_corpus(name: str) -> Corpus:
+    """The corpus called `name`: shipped, a corpus TOML, or a text file."""
+    found = load_corpus(name)
+    return read_text_corpus(found) if isinstance(found, Path) else read_corpus(*found)
+
+
+def check_tools(target: TargetProfile) -> None:
+    """Raises MissingToolError when a Python module that the target needs is not installed."""
+    for tool in target.tools:
+        if importlib.util.find_spec(tool) is None:
+            raise MissingToolError(
+                "a tool is missing", where=target.name, why=f"no Python module {tool}", do=f"pip install {tool}"
+            )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _model(request: Request) -> tuple[FloatCheckpoint, tuple[str, ...]]:
+    if request.model is None:
+        model = dataclasses.replace(open_model(str(demo_model())), name="demo-llama")
+        defaults: tuple[str, ...] = ("the embedded demo model demo-llama",)
+    elif request.model in ("demo-llama", "demo-opt"):
+        folder = demo_model(request.model.removeprefix("demo-"))
+        model, defaults = dataclasses.replace(open_model(str(folder)), name=request.model), ()
+    else:
+        model, defaults = open_model(request.model), ()
+    return (tiny_copy(model, request.seed) if request.tiny else model), defaults
+
+
+def _corpora(request: Request) -> tuple[Corpus, Corpus]:
+    return open_corpus(request.calib or DEMO_CALIBRATION), open_corpus(request.eval or DEMO_EVALUATION)
+
+
+def _window(request: Request, model: FloatCheckpoint, target: TargetProfile) -> int:
+    """Tokens of an evaluation window: what was asked for, else 512 or what the program's context holds."""
+    limit = min(target.shapes.context, model.config.max_positions)
+    if request.window is None:
+        return 64 if request.tiny else min(512, limit)
+    if not 2 <= request.window <= limit:
+        raise InputError("window does not fit", where=f"--window {request.window}", why=f"2 to {limit} tokens fit here")
+    return request.window
+
+
+def _default_out(model: FloatCheckpoint, target: TargetProfile, recipe: Recipe) -> str:
+    """`afq-out/<model>-<target>-<recipe>` in the working folder."""
+    name = Path(model.name.split(" ")[0]).name.removesuffix(".gguf")
+    suffix = "-tiny" if "tiny" in model.name else ""
+    return f"afq-out/{name}{suffix}-{target.name}-{recipe.name}"
+
+
+def _flat(prefix: str, value: Any) -> dict[str, str]:
+    """Nested data as `prefix.key.key` -> text."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(f"{prefix}.{key}", item).items()}
+    return {prefix: str(value)}

@@ -1,0 +1,135 @@
+"""The bundle: the folder that ships, whole and hashed.
+
+    model.pte, model.bpte                the program; the same with test vectors
+    tokenizer.json, ..., chat_template   as the source model's
+    config.json, generation_config.json  the source model's
+    recipe.toml, target.toml             what it was made with and for
+    report.json, report.md, README.md    what was measured (written by validate)
+    manifest.json                        sha256 of every file above
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tomli_w
+
+from afq_export.errors import InputError
+from afq_export.files import sha256_file, write_text
+from afq_export.load.checkpoint import FloatCheckpoint
+from afq_export.spec.recipe import Recipe
+from afq_export.spec.report import Manifest, ManifestModel, to_json
+from afq_export.spec.target import TargetProfile
+
+MANIFEST = "manifest.json"
+MODEL_FILES = {"executorch": "model.pte"}
+"""Runtime -> the file that it loads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def model(self) -> Path:
+        """The exported file."""
+        present = [name for name in MODEL_FILES.values() if name in self.manifest.files]
+        return self.folder / present[0]
+
+
+def describe(recipe: Recipe, target: TargetProfile, folder: Path) -> None:
+    """recipe.toml and target.toml with every default written out, so that they read back as what was used."""
+    write_text(folder / "recipe.toml", tomli_w.dumps(msgspec.to_builtins(recipe)))
+    write_text(folder / "target.toml", tomli_w.dumps(msgspec.to_builtins(target)))
+
+
+def save_model_files(model: FloatCheckpoint, tokenizer: Any, folder: Path) -> None:
+    """Tokenizer, chat template, configuration and generation configuration, as Hugging Face names them."""
+    tokenizer.save_pretrained(folder)
+    _without_paths(folder / "tokenizer_config.json")
+    from transformers import AutoConfig, GenerationConfig
+
+    if model.gguf is not None:
+        config = AutoConfig.from_pretrained(model.files, gguf_file=model.gguf.name)
+    else:
+        config = AutoConfig.from_pretrained(model.files, local_files_only=True)
+    config.save_pretrained(folder)
+    try:
+        generation = GenerationConfig.from_pretrained(model.files, local_files_only=True)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    generation.save_pretrained(folder)
+
+
+def seal(folder: Path, manifest: Manifest) -> Bundle:
+    """Writes manifest.json over every file that is in the folder now."""
+    files = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+    sealed = msgspec.structs.replace(manifest, files=files)
+    write_text(folder / MANIFEST, to_json(sealed))
+    return Bundle(folder, sealed)
+
+
+def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
+    """Opens a bundle and checks every hash. `reports` False: report files may be missing or newer.
+
+    Raises InputError when a file is missing, changed, or named outside of the folder.
+    """
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
+    except OSError as error:
+        raise InputError("not a bundle", where=str(folder), why=f"there is no {MANIFEST}") from error
+    except msgspec.DecodeError as error:
+        raise InputError("the manifest does not fit", where=str(folder / MANIFEST), why=str(error)) from error
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink():
+            raise InputError("the manifest names a file outside of the bundle", where=f"{folder}: {name}")
+        if not reports and name in REPORTS:
+            continue
+        if not path.is_file():
+            raise InputError("a file of the bundle is missing", where=str(path))
+        if sha256_file(path) != digest:
+            raise InputError(
+                "a file of the bundle was changed", where=str(path), why="its sha256 is not the manifest's",
+                do="export it again",
+            )
+    if not any(name in manifest.files for name in MODEL_FILES.values()):
+        raise InputError("the bundle has no model file", where=str(folder))
+    return Bundle(folder, manifest)
+
+
+REPORTS = ("report.json", "report.md", "README.md")
+"""What validate writes after the rest."""
+
+
+def new_manifest(
+    model: FloatCheckpoint, recipe: Recipe, target: TargetProfile, versions: dict[str, str], seed: int, command: list[str]
+) -> Manifest:
+    """A manifest without files yet."""
+    name = Path(model.name).name if model.gguf else model.name
+    return Manifest(
+        files={},
+        model=ManifestModel(name=name, digest=model.digest),
+        recipe=recipe.name,
+        target=target.name,
+        versions=versions,
+        seed=seed,
+        command=tuple(command),
+    )
+
+
+def _without_paths(path: Path) -> None:
+    """tokenizer_config.json without the folder that the tokenizer came from: it would differ between machines."""
+    if not path.exists():
+        return
+    data = json.loads(path.read_text(encoding="utf-8"))
+    cleaned = {k: v for k, v in data.items() if k not in ("name_or_path", "_name_or_path", "local_files_only")}
+    cleaned["model_max_length"] = None if data.get("model_max_length", 0) > 1e9 else data["model_max_length"]
+    path.write_text(json.dumps({k: v for k, v in cleaned.items() if v is not None}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""The whole program on one page: load, calibrate, fold, quantize, lower, validate, report.
+
+    resolve    Request                                     -> Job                  (everything refused early)
+    calibrate  FloatCheckpoint, Recipe, grids, Windows     -> Calibration
+    fold       FloatCheckpoint, Calibration                -> FoldedCheckpoint
+    quantize   FoldedCheckpoint, Calibration, grids        -> QuantizedCheckpoint
+    lower      QuantizedCheckpoint, TargetProfile          -> Bundle
+    validate   QuantizedCheckpoint, Bundle, Windows        -> ValidationReport
+    report     ValidationReport                            -> report.json, report.md, README.md
+
+Each stage writes its result to the run folder; a stage whose result stands is skipped, and a folder that belongs to
+other inputs is refused (runfolder.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from afq_export.calibrate.calibrate import calibrate
+from afq_export.calibrate.result import Calibration, block_path
+from afq_export.errors import InputError
+from afq_export.fold.folded import FoldedCheckpoint
+from afq_export.job import Job, versions
+from afq_export.lower.bundle import Bundle, open_bundle, seal
+from afq_export.lower.lower import lower
+from afq_export.progress import Progress
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
+from afq_export.quantize.quantize import quantize
+from afq_export.report.write import write_reports
+from afq_export.runfolder import RunFolder, prepare
+from afq_export.spec.report import ValidationReport
+from afq_export.validate.run import validate_bundle
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run ends with."""
+
+    report: ValidationReport
+    bundle: Bundle
+    folder: RunFolder
+
+
+def run(job: Job, progress: Progress, *, fresh: bool = False) -> Outcome:
+    """All stages in order. Raises AfqError; a failed verdict is in the report, not an exception."""
+    folder = open_folder(job, fresh=fresh)
+    calibration = run_calibrate(job, folder, progress)
+    checkpoint = run_quantize(job, folder, calibration, progress)
+    bundle = run_lower(job, folder, checkpoint, progress)
+    report = run_validate(job, folder, checkpoint, calibration, bundle, progress)
+    return Outcome(report, open_bundle(folder.bundle), folder)
+
+
+def open_folder(job: Job, *, fresh: bool = False) -> RunFolder:
+    """The job's run folder. Raises InputError when it belongs to other inputs or cannot be written."""
+    request = dataclasses.asdict(job.request) | {"model_name": job.model.name}
+    return prepare(job.out, job.fingerprint(), request, fresh)
+
+
+def run_calibrate(job: Job, folder: RunFolder, progress: Progress) -> Calibration:
+    """The calibrate stage; goes on at the first block that has no result."""
+    last = job.model.config.layers - 1
+    if block_path(folder.calibration, last).exists():
+        return Calibration(folder.calibration, last + 1)
+    with folder.stage("calibrate"):
+        return calibrate(
+            job.model, job.recipe, job.records, job.calibration, folder.calibration, job.request.seed, progress
+        )
+
+
+def run_quantize(job: Job, folder: RunFolder, calibration: Calibration, progress: Progress) -> QuantizedCheckpoint:
+    """The fold and quantize stages."""
+    if (folder.quantized / "quant.json").exists():
+        return open_checkpoint(folder.quantized)
+    with folder.stage("quantize"):
+        folded = FoldedCheckpoint(job.model, calibration.transforms())
+        provenance = {
+            "model": job.model.name if job.model.gguf is None else job.model.gguf.name,
+            "weights_sha256": job.model.digest,
+            "recipe": job.recipe.name,
+            "target": job.target.name,
+            "seed": job.request.seed,
+            "versions": versions(),
+        }
+        return quantize(
+            folded, calibration, job.records, job.recipe.embedding, folder.quantized, provenance, progress
+        )
+
+
+def run_lower(job: Job, folder: RunFolder, checkpoint: QuantizedCheckpoint, progress: Progress) -> Bundle:
+    """The lower stage."""
+    if (folder.bundle / "manifest.json").exists():
+        return open_bundle(folder.bundle, reports=False)
+    with folder.stage("lower"):
+        return lower(checkpoint, job, folder.bundle, progress)
+
+
+def run_validate(
+    job: Job,
+    folder: RunFolder,
+    checkpoint: QuantizedCheckpoint,
+    calibration: Calibration,
+    bundle: Bundle,
+    progress: Progress,
+) -> ValidationReport:
+    """The validate and report stages. They always run: a report must be of the file that is there now."""
+    if bundle.manifest.model.digest != job.model.digest:
+        raise InputError("the bundle is of another model", where=str(bundle.folder), why=bundle.manifest.model.name)
+    with folder.stage("validate"):
+        folded = FoldedCheckpoint(job.model, calibration.transforms())
+        report = validate_bundle(job, folder, checkpoint, folded, bundle, progress)
+    write_reports(bundle.folder, report)
+    seal(bundle.folder, bundle.manifest)
+    return report
+
+

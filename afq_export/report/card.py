@@ -1,0 +1,50 @@
+"""The bundle's README.md: a model card with the YAML front matter that Hugging Face tools read."""
+
+from __future__ import annotations
+
+import json
+
+from afq_export.report import tables
+from afq_export.spec.report import ValidationReport
+
+
+def model_card(report: ValidationReport, base_model: str | None = None, licence: str | None = None) -> str:
+    """The page, ending in a newline. `base_model` is a hub id `owner/name`, `licence` the source model's identifier."""
+    figures = report.perplexity
+    measured = figures.runtime or figures.integer
+    sections = [
+        _front_matter(report, base_model, licence),
+        f"# {report.model.name}, {report.recipe}, for {report.target}",
+        "Quantized and exported by afq-export. `report.md` has the proof, `manifest.json` the digest of every file.",
+        "## Quality",
+        tables.perplexity_table(report).markdown(),
+        f"Measured on {tables.protocol_line(report)}.",
+        "## What was checked",
+        f"Verdict: **{report.verdict}**" + (f" (perplexity {measured.value:.3f})" if measured else ""),
+        tables.checks_table(report).markdown(),
+    ]
+    if report.coverage.lowered:
+        sections += ["## Integer kernels", tables.kernels_table(report).markdown()]
+    if report.artifact:
+        sections += [
+            "## Use",
+            f"`{report.artifact.name}` ({tables.size_mb(report.artifact.bytes)}) holds the program and its weights; "
+            "generate through the real runtime with",
+            '```sh\nafq-export generate . --prompt "Once upon a time"\n```',
+        ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(report: ValidationReport, base_model: str | None, licence: str | None) -> str:
+    """YAML between `---` lines; strings are JSON strings, which are YAML."""
+    fields: list[tuple[str, str | list[str]]] = [
+        ("library_name", "executorch"),
+        ("pipeline_tag", "text-generation"),
+        ("tags", ["afq-export", "affinequant", "quantized", report.target, report.recipe]),
+    ]
+    if base_model:
+        fields += [("base_model", base_model), ("base_model_relation", "quantized")]
+    if licence:
+        fields.append(("license", licence))
+    lines = [f"{key}: {json.dumps(value)}" for key, value in fields]
+    return "\n".join(["---", *lines, "---"])

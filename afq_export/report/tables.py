@@ -1,0 +1,125 @@
+"""The tables of a report, built once and rendered as Markdown or as plain text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from afq_export.spec.report import LayerReport, ValidationReport
+
+MISSING = "-"
+RUNG_TITLES = {
+    "float": "float",
+    "folded": "folded",
+    "fake_quant": "fake-quant",
+    "integer": "integer reference",
+    "runtime": "exported file",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """`rows` of cells under `header`; columns in `right` are numbers."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    right: frozenset[int] = frozenset()
+
+    def markdown(self) -> str:
+        """A GitHub table."""
+        rule = tuple("---:" if column in self.right else "---" for column in range(len(self.header)))
+        return "\n".join(f"| {' | '.join(map(_escape, row))} |" for row in (self.header, rule, *self.rows))
+
+    def text(self) -> str:
+        """Aligned columns, two spaces between them, no trailing blanks."""
+        lines = (self.header, *self.rows)
+        widths = [max(len(row[column]) for row in lines) for column in range(len(self.header))]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if column in self.right else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in lines
+        )
+
+
+def perplexity_table(report: ValidationReport) -> Table:
+    """One row per rung: perplexity, its error, distance from float, agreement with float."""
+    base = report.perplexity.float_
+    rows = []
+    for rung, figure in report.perplexity.items():
+        near = report.agreement.against_float.get(rung)
+        rows.append(
+            (
+                RUNG_TITLES[rung],
+                f"{figure.value:.3f}" if figure else "skipped",
+                f"{figure.stderr:.3f}" if figure else MISSING,
+                f"{figure.value / base.value - 1:+.2%}" if figure and base and rung != "float" else MISSING,
+                f"{near.top1:.2%}" if near else MISSING,
+                f"{near.kl:.2e}" if near else MISSING,
+            )
+        )
+    header = ("rung", "perplexity", "stderr", "over float", "top-1 as float", "KL(float)")
+    return Table(header, tuple(rows), frozenset(range(1, 6)))
+
+
+def checks_table(report: ValidationReport) -> Table:
+    """One row per check."""
+    return Table(("check", "status", "detail"), tuple((c.name, c.status, c.detail) for c in report.checks))
+
+
+def layers_table(report: ValidationReport) -> Table:
+    """One row per linear."""
+    rows = tuple(
+        (
+            layer.name,
+            layer.kernel,
+            _exactness(layer),
+            number(layer.max_steps, ".2g"),
+            number(layer.sqnr_db, ".1f"),
+            layer.note,
+        )
+        for layer in report.layers
+    )
+    return Table(("linear", "kernel", "runtime = model", "max steps", "SQNR dB", "note"), rows, frozenset({3, 4}))
+
+
+def kernels_table(report: ValidationReport) -> Table:
+    """Kernels and how many linears each runs."""
+    kernels = [lowered.kernel for lowered in report.coverage.lowered]
+    rows = tuple((kernel, str(kernels.count(kernel))) for kernel in dict.fromkeys(kernels))
+    return Table(("kernel", "linears"), rows, frozenset({1}))
+
+
+def refused_table(report: ValidationReport) -> Table:
+    """What stays outside the integer kernels."""
+    rows = tuple((refused.what, str(refused.count), refused.reason) for refused in report.coverage.refused)
+    return Table(("stays outside", "count", "why"), rows, frozenset({1}))
+
+
+def protocol_line(report: ValidationReport) -> str:
+    """The protocol of the figures, in one sentence."""
+    p = report.protocol
+    tokens = f"windows of {p.window} tokens, stride {p.stride}, {'with' if p.bos else 'no'} BOS"
+    corpus = f"{p.corpus} (sha256 {p.digest[:12]}), {p.windows} of {p.windows_in_corpus}"
+    return f"{corpus} {tokens}, tokenizer {p.tokenizer_digest[:12]}"
+
+
+def size_mb(bytes_: int) -> str:
+    """Megabytes with two digits."""
+    return f"{bytes_ / 1e6:.2f} MB"
+
+
+def number(value: float | None, form: str) -> str:
+    """`value` formatted, or the sign for a missing one."""
+    return MISSING if value is None else format(value, form)
+
+
+def _exactness(layer: LayerReport) -> str:
+    if layer.exact:
+        return "bit for bit"
+    return "DEPARTS" if not layer.passed else f"within {number(layer.max_relative_error, '.0e')}"
+
+
+def _escape(cell: str) -> str:
+    """No cell breaks its table."""
+    return " ".join(cell.replace("|", "\\|").split())

@@ -1,0 +1,120 @@
+"""The run folder: what was asked, with which inputs, and what each stage has cost so far.
+
+    run.json       fingerprint of the inputs, the request, seconds and peak memory by stage
+    calibration/   one file per block          quantized/   the quantized checkpoint          bundle/   what ships
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from afq_export.errors import InputError
+from afq_export.files import write_json, write_text
+
+SHOWN = 3
+"""Differences between two fingerprints that an error names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A folder that belongs to one fingerprint."""
+
+    path: Path
+
+    @property
+    def calibration(self) -> Path:
+        return self.path / "calibration"
+
+    @property
+    def quantized(self) -> Path:
+        return self.path / "quantized"
+
+    @property
+    def bundle(self) -> Path:
+        return self.path / "bundle"
+
+    def read(self) -> dict[str, Any]:
+        """The content of run.json. Raises InputError when it is not there or broken."""
+        path = self.path / "run.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError("not a run folder", where=str(self.path), why="there is no run.json") from error
+        except ValueError as error:
+            raise InputError("run.json is broken", where=str(path), why=str(error)) from error
+
+    def cost(self, stage: str, field: str) -> float | None:
+        """`seconds` or `peak_rss_mb` of a stage over all attempts, None when it has not run."""
+        return self.read()["cost"].get(stage, {}).get(field)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the body's seconds, and this process' peak memory, to the stage's cost; also when it is interrupted."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            data = self.read()
+            old = data["cost"].get(name, {"seconds": 0.0, "peak_rss_mb": 0.0})
+            data["cost"][name] = {
+                "seconds": round(old["seconds"] + time.monotonic() - start, 2),
+                "peak_rss_mb": max(old["peak_rss_mb"], peak_rss_mb()),
+            }
+            write_json(self.path / "run.json", data)
+
+
+def prepare(path: Path, fingerprint: dict[str, str], request: dict[str, Any], fresh: bool) -> RunFolder:
+    """The run folder at `path` for these inputs: a new one, or one with the same fingerprint to go on with.
+
+    `fresh` removes what is there. Raises InputError when the folder holds something else, naming what differs.
+    """
+    folder = RunFolder(path)
+    if fresh and (path / "run.json").exists():
+        shutil.rmtree(path)
+    if (path / "run.json").exists():
+        data = folder.read()
+        refuse_difference(data.get("fingerprint", {}), fingerprint, path)
+        write_json(path / "run.json", data | {"request": request})
+        return folder
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            "the output folder is not empty",
+            where=str(path),
+            why="it holds no run of this program",
+            do="name another folder with --out",
+        )
+    write_text(path / ".gitignore", "*\n")
+    write_json(path / "run.json", {"fingerprint": fingerprint, "request": request, "cost": {}})
+    return folder
+
+
+def refuse_difference(old: dict[str, str], new: dict[str, str], path: Path) -> None:
+    """Raises InputError naming the first few facts that differ."""
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if not keys:
+        return
+    shown = [f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in keys[:SHOWN]]
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    raise InputError(
+        "the output folder holds a run with other inputs",
+        where=str(path),
+        why="; ".join(shown) + more,
+        do="name another folder with --out, or start over with --fresh",
+    )
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB (Linux counts it in KiB)."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+
+
+def _short(value: str | None) -> str:
+    return "absent" if value is None else value if len(value) <= 24 else value[:12] + "..."

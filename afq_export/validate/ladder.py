@@ -1,0 +1,253 @@
+"""The validate stage: every rung on the same token ids, every linear in the real runtime, one report with a verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from afq_export.errors import MissingToolError
+from afq_export.load.checkpoint import DecoderWeights
+from afq_export.load.corpus import Windows
+from afq_export.progress import Progress, silent
+from afq_export.quantize.checkpoint import QuantizedCheckpoint
+from afq_export.spec import report as spec
+from afq_export.spec.report import Check, ValidationReport
+from afq_export.spec.target import TargetProfile
+from afq_export.validate.departures import NEAR_TIE, explain_disagreements
+from afq_export.validate.evaluate import Measurement, measure
+from afq_export.validate.fold_check import TOLERANCE, FoldCheck, measure_fold
+from afq_export.validate.layers import Probe, check_layers
+from afq_export.validate.rungs import FloatRung, Rung, fake_quant_rung, integer_rung
+
+if TYPE_CHECKING:
+    from afq_export.runtime.session import Session
+
+NEEDED = ("rung integer", "rung runtime", "layers", "perplexity", "agreement", "disagreements")
+"""Checks without which there is no `pass`: a skipped one fails the verdict. The others may be skipped (a bundle is
+validated without its source model), and the report says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is validated, and what is known about it from earlier stages.
+
+    `original` and `folded` are None when the source model is not at hand; `source_missing` says why.
+    """
+
+    checkpoint: QuantizedCheckpoint
+    target: TargetProfile
+    windows: Windows
+    model: spec.Model
+    recipe: str
+    original: DecoderWeights | None = None
+    folded: DecoderWeights | None = None
+    source_missing: str = "the source model was not given"
+    coverage: spec.Coverage = dataclasses.field(default_factory=spec.Coverage)
+    cost: spec.Cost = dataclasses.field(default_factory=spec.Cost)
+    artifact: spec.Artifact | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """The real runtime: `open_session` loads the exported file, `probe` runs linears alone. Both may raise
+    MissingToolError, which is recorded as a skipped rung."""
+
+    open_session: Callable[[], Session]
+    probe: Probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """Tokens per linear in the runtime, and windows in float64 for the fold check."""
+
+    layer_tokens: int = 64
+    fold_windows: int = 2
+
+
+def validate(
+    subject: Subject, runtime: Runtime, effort: Effort = Effort(), progress: Progress = silent
+) -> ValidationReport:
+    """Climbs the ladder. A wrong result is a failed check and `verdict` "fail", never an exception."""
+    checks: list[Check] = []
+    rungs = _rungs(subject, runtime, checks)
+    pairs = [("float", name) for name in rungs if "float" in rungs and name != "float"]
+    pairs += [("integer", "runtime")] if "runtime" in rungs else []
+    measurement = measure(rungs, subject.windows.ids_NT, pairs, progress)
+    figures = {name: stats.perplexity for name, stats in measurement.rungs.items()}
+    checks += [_rung_check(name, figure) for name, figure in figures.items()]
+    fold = _fold(subject, effort, progress)
+    checks.append(_fold_check(fold, subject))
+    layers, layer_check = _layers(subject, runtime, effort, progress)
+    checks.append(layer_check)
+    disagreements = _disagreements(subject, measurement, progress)
+    checks += _runtime_checks(subject.target, measurement, disagreements)
+    agreement = _agreements(measurement)
+    ordered = tuple(sorted(checks, key=_order))
+    return ValidationReport(
+        verdict=verdict(ordered),
+        model=subject.model,
+        recipe=subject.recipe,
+        target=subject.target.name,
+        protocol=protocol_of(subject.windows),
+        perplexity=spec.Perplexities(float_=figures.get("float"), **{k: v for k, v in figures.items() if k != "float"}),
+        agreement=spec.AgreementReport(
+            top1=agreement["integer", "runtime"].top1 if "runtime" in rungs else None,
+            kl=agreement["integer", "runtime"].kl if "runtime" in rungs else None,
+            against_float={rung: value for (reference, rung), value in agreement.items() if reference == "float"},
+            disagreements=tuple(disagreements),
+        ),
+        fold=spec.FoldReport(
+            max_relative_error_float64=fold.float64 if fold else None,
+            max_relative_error_float32=fold.float32 if fold else None,
+            first_block=fold.first_block if fold else None,
+        ),
+        layers=tuple(layers),
+        first_departure=next((layer.name for layer in layers if not layer.passed), None),
+        coverage=subject.coverage,
+        cost=subject.cost,
+        artifact=subject.artifact,
+        checks=ordered,
+    )
+
+
+def verdict(checks: tuple[Check, ...]) -> str:
+    """`pass` when nothing failed and everything in NEEDED passed; else `fail`."""
+    passed = {check.name for check in checks if check.status == "passed"}
+    failed = any(check.status == "failed" for check in checks)
+    return "pass" if not failed and passed.issuperset(NEEDED) else "fail"
+
+
+def protocol_of(windows: Windows) -> spec.Protocol:
+    """What the figures were measured on."""
+    return spec.Protocol(
+        corpus=windows.corpus,
+        digest=windows.digest,
+        tokenizer_digest=windows.tokenizer_digest,
+        window=windows.length,
+        stride=windows.stride,
+        bos=windows.bos,
+        windows=len(windows.ids_NT),
+        windows_in_corpus=windows.total,
+    )
+
+
+def _rungs(subject: Subject, runtime: Runtime, checks: list[Check]) -> dict[str, Rung | Session]:
+    """The rungs that can run, in order; adds a skipped check for each that cannot."""
+    rungs: dict[str, Rung | Session] = {}
+    for name, weights in (("float", subject.original), ("folded", subject.folded)):
+        if weights is None:
+            checks.append(_skipped(f"rung {name}", subject.source_missing))
+        else:
+            rungs[name] = FloatRung(weights)
+    rungs["fake_quant"] = fake_quant_rung(subject.checkpoint)
+    rungs["integer"] = integer_rung(subject.checkpoint, subject.target)
+    try:
+        session = runtime.open_session()
+    except MissingToolError as error:
+        checks.append(_skipped("rung runtime", str(error)))
+        return rungs
+    if session.context < subject.windows.length:
+        reason = f"windows of {subject.windows.length} tokens, the file takes {session.context}"
+        checks.append(_skipped("rung runtime", reason))
+        return rungs
+    return rungs | {"runtime": session}
+
+
+def _rung_check(name: str, figure: spec.Perplexity) -> Check:
+    status = "passed" if math.isfinite(figure.value) else "failed"
+    return Check(name=f"rung {name}", status=status, detail=f"perplexity {figure.value:.4f} on {figure.tokens} tokens")
+
+
+def _fold(subject: Subject, effort: Effort, progress: Progress) -> FoldCheck | None:
+    if subject.original is None or subject.folded is None:
+        return None
+    return measure_fold(subject.original, subject.folded, subject.windows.ids_NT[: effort.fold_windows], progress)
+
+
+def _fold_check(fold: FoldCheck | None, subject: Subject) -> Check:
+    if fold is None:
+        return _skipped("fold", subject.source_missing)
+    detail = f"folded = float to {fold.float64:.1e} in float64 (allowed {TOLERANCE:.0e}), {fold.float32:.1e} in float32"
+    detail += f"; departs at {fold.first_block}" if fold.first_block else ""
+    return Check(name="fold", status="passed" if fold.passed else "failed", detail=detail)
+
+
+def _layers(
+    subject: Subject, runtime: Runtime, effort: Effort, progress: Progress
+) -> tuple[list[spec.LayerReport], Check]:
+    """Reports of all linears; without the runtime, none and a skipped check."""
+    ids_T = subject.windows.ids_NT[0, : effort.layer_tokens]
+    try:
+        layers = check_layers(subject.checkpoint, subject.target, ids_T, runtime.probe, subject.folded, progress)
+    except MissingToolError as error:
+        return [], _skipped("layers", str(error))
+    wrong = [layer.name for layer in layers if not layer.passed]
+    exact = sum(bool(layer.exact) for layer in layers)
+    detail = f"{exact} of {len(layers)} linears equal the integer model bit for bit on {len(ids_T)} tokens"
+    if exact < len(layers) and not wrong:
+        detail += ", the others within the target's bound"
+    if wrong:
+        detail += f"; {len(wrong)} depart, first {wrong[0]}"
+    return layers, Check(name="layers", status="failed" if wrong else "passed", detail=detail)
+
+
+def _disagreements(subject: Subject, measurement: Measurement, progress: Progress) -> list[spec.Disagreement]:
+    if "runtime" not in measurement.rungs:
+        return []
+    return explain_disagreements(subject.checkpoint, subject.target, subject.windows.ids_NT, measurement, progress)
+
+
+def _runtime_checks(
+    target: TargetProfile, measurement: Measurement, disagreements: list[spec.Disagreement]
+) -> list[Check]:
+    """Perplexity, agreement and explained disagreements of the exported file against the integer reference."""
+    if "runtime" not in measurement.rungs:
+        missing = "the exported file did not run"
+        return [_skipped(name, missing) for name in ("perplexity", "agreement", "disagreements")]
+    runtime, integer = (measurement.rungs[name].perplexity.value for name in ("runtime", "integer"))
+    same = float(measurement.pairs["integer", "runtime"].same.double().mean())
+    excess = runtime / integer - 1
+    counts = {
+        reason: sum(item.reason == reason for item in disagreements)
+        for reason in ("near_tie", "flipped_step", "unexplained")
+    }
+    explained = f"{counts['near_tie']} near ties (gap at most {NEAR_TIE:.0e} of the largest logit), "
+    explained += f"{counts['flipped_step']} flipped activation steps, {counts['unexplained']} unexplained"
+    return [
+        _check(
+            "perplexity",
+            abs(excess) <= target.perplexity_budget,
+            f"exported {excess:+.3%} of the integer reference, budget {target.perplexity_budget:.2%}",
+        ),
+        _check(
+            "agreement",
+            same >= target.agreement_floor,
+            f"exported and integer reference choose the same token at {same:.3%}, floor {target.agreement_floor:.1%}",
+        ),
+        _check("disagreements", counts["unexplained"] == 0, f"{len(disagreements)} disagreements: {explained}"),
+    ]
+
+
+def _agreements(measurement: Measurement) -> dict[tuple[str, str], spec.Agreement]:
+    return {
+        pair: spec.Agreement(
+            top1=float(stats.same.double().mean()), kl=float(stats.kl.mean()), tokens=stats.same.numel()
+        )
+        for pair, stats in measurement.pairs.items()
+    }
+
+
+def _check(name: str, passed: bool, detail: str) -> Check:
+    return Check(name=name, status="passed" if passed else "failed", detail=detail)
+
+
+def _skipped(name: str, reason: str) -> Check:
+    return Check(name=name, status="skipped", detail=reason)
+
+
+def _order(check: Check) -> int:
+    """Rungs in the order of the ladder, then the rest as they come."""
+    names = [f"rung {rung}" for rung in spec.RUNGS] + ["fold", "layers", "perplexity", "agreement", "disagreements"]
+    return names.index(check.name)
