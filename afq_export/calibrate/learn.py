@@ -19,6 +19,7 @@ from afq_export.calibrate.result import EpochRecord
 from afq_export.fold.sites import fold_block
 from afq_export.fold.transform import condition_number, dominance_margin
 from afq_export.spec.recipe import Learning
+from afq_export.spec.sites import Form
 
 RETRIES = 3
 """A block that diverges is tried again with a tenth of the stability factor this many times."""
@@ -63,11 +64,12 @@ def learn_block(
     """Learns `start` (left unchanged) for `learning.epochs`. The result is never worse than the start.
 
     On divergence the block goes back to the start and is tried again with a tenth of the stability factor; after
-    RETRIES the start values stand. `tick(epoch, epochs)` reports progress.
+    RETRIES, or when no matrix has off-diagonals to damp, the start values stand. `tick(epoch, epochs)`: progress.
     """
     alpha, events, history = learning.stability_factor, [], []
     start_loss = measure(problem, start, 0.0, alpha, learning.batch)
-    for attempt in range(RETRIES + 1 if learning.epochs else 0):
+    retries = RETRIES if alpha and any(site.form is Form.PER_HEAD for site in start.sites) else 0
+    for attempt in range(retries + 1 if learning.epochs else 0):
         parameters = copy.deepcopy(start)
         try:
             records = _epochs(problem, parameters, learning, alpha, start_loss, seed, tick)
@@ -77,7 +79,7 @@ def learn_block(
                 raise Diverged(f"the learned block is worse than its start ({final:.3e} against {start_loss:.3e})")
             return Learned(parameters, 1.0, alpha, start_loss, final, tuple(history), tuple(events))
         except Diverged as reason:
-            what = "start values kept" if attempt == RETRIES else f"tried again with stability factor {alpha / 10:g}"
+            what = "start values kept" if attempt == retries else f"tried again with stability factor {alpha / 10:g}"
             events.append(f"stability factor {alpha:g}: {reason}; rolled back, {what}")
             alpha /= 10
     return Learned(start, 0.0, learning.stability_factor, start_loss, start_loss, tuple(history), tuple(events))

@@ -80,8 +80,7 @@ def _v_to_o(site: FoldSite, transform: SiteTransform, w: Weights) -> dict[str, T
 
 def _q_to_k(site: FoldSite, transform: SiteTransform, w: Weights) -> dict[str, Tensor]:
     (query,), (key,) = site.producers, site.consumers
-    matrix, inverse, heads, d = _matrices(site, transform), None, site.heads, site.head_dim
-    inverse = _inverses(site, transform)
+    matrix, inverse, heads, d = _matrices(site, transform), _inverses(site, transform), site.heads, site.head_dim
     new = {}
     for kind in ("weight", "bias"):
         if f"{query}.{kind}" in w:

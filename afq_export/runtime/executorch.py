@@ -14,6 +14,7 @@ from afq_export.runtime.library import load_runtime
 
 IDENTIFIER = b"ET12"
 HEADER_MAGIC = b"eh00"
+HEADER_SIZE = 40
 """First bytes of a program: 4 bytes offset, identifier, header magic, header length (u32), then three u64 sizes."""
 
 
@@ -90,20 +91,25 @@ class ExecutorchSession:
 
 
 def check_program_file(path: Path) -> None:
-    """Raises InputError unless `path` begins like a program and is as long as its header says.
+    """Raises InputError unless `path` begins like a program and is as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEADER_SIZE)
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError("no program", where=str(path), why=error.strerror or str(error)) from error
+    check_program_header(head, size, str(path))
+
+
+def check_program_header(head: bytes, size: int, where: str) -> None:
+    """Raises InputError unless a file of `size` bytes that begins with `head` can be a whole program.
 
     The runtime aborts the process on some files that are no programs, so they must not reach it. Damage inside a file
     of the right length is not seen here; the manifest's sha256 is what finds it.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(40)
-        size = path.stat().st_size
-    except OSError as error:
-        raise InputError("no program", where=str(path), why=error.strerror or str(error)) from error
-    if len(head) < 40 or head[4:8] != IDENTIFIER or head[8:12] != HEADER_MAGIC:
-        raise InputError("not an ExecuTorch program", where=str(path))
-    _, program, segments_start, segments = struct.unpack("<IQQQ", head[12:40])
+    if len(head) < HEADER_SIZE or head[4:8] != IDENTIFIER or head[8:12] != HEADER_MAGIC:
+        raise InputError("not an ExecuTorch program", where=where)
+    _, program, segments_start, segments = struct.unpack("<IQQQ", head[12:HEADER_SIZE])
     expected = max(program, segments_start + segments)
     if size < expected:
-        raise InputError("the program is truncated", where=str(path), why=f"{size} bytes of {expected}")
+        raise InputError("the program is truncated", where=where, why=f"{size} bytes of {expected}")

@@ -4,7 +4,8 @@ The linears are equal bit for bit (layers.py), so the two can differ only by the
 them: norms, rotary embedding, attention, residuals, about 1e-6 of a logit. That decides an argmax in two ways:
 directly, where two logits nearly tie; or by moving an activation over a rounding border, so that an int8 code in the
 input of some linear flips by one, which costs up to whole logits. The second is shown by running the integer reference
-again with everything between the linears in float64: codes that come out differently hang on the last float32 bits.
+again with everything between the linears in float64: what an activation moves by is its float32 noise, and one that
+lies nearer to a rounding border than a few times that noise flips in a runtime that adds in another order.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from torch import Tensor
 
 from afq_export.arch import decoder
 from afq_export.progress import Progress, silent
-from afq_export.quantize.checkpoint import QuantizedCheckpoint
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.quant import linear_name
 from afq_export.spec.report import Disagreement
 from afq_export.spec.target import TargetProfile
 from afq_export.validate.evaluate import Measurement
-from afq_export.validate.rungs import ObservedOps, QuantizedRung, input_codes, integer_rung
+from afq_export.validate.rungs import ObservedOps, QuantizedRung, integer_rung, unrounded_codes
 
 NEAR_TIE = 1e-4
 """A logit gap of at most this part of the largest |logit| is a near tie: float32 sums in another order close it."""
+
+
+NOISE_SLACK = 8
+"""The runtime's norms, exponentials and sums may err this many times as much as ours between float32 and float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,7 @@ def explain_disagreements(
 
 @torch.no_grad()
 def flipped_steps(checkpoint: QuantizedCheckpoint, target: TargetProfile, ids_T: Tensor) -> Iterator[FlippedStep]:
-    """Linears, in the order in which they run, whose input codes depend on the dtype between the linears."""
+    """Linears, in the order in which they run, some of whose input codes the float32 noise decides."""
     config = checkpoint.config
     single = integer_rung(checkpoint, target, torch.float32)
     double = integer_rung(checkpoint, target, torch.float64)
@@ -99,8 +104,10 @@ def _observe_head(rung: QuantizedRung, seen: dict[str, Tensor], x: Tensor) -> No
     decoder.head(ObservedOps(rung.head(), seen.__setitem__), x)
 
 
-def _first_flip(name: str, linear, single_1TI: Tensor, double_1TI: Tensor) -> FlippedStep | None:
-    """The first token whose codes differ."""
-    codes = [input_codes(linear, x[0].float()) for x in (single_1TI, double_1TI)]
-    tokens = (codes[0] != codes[1]).any(-1).nonzero().flatten()
+def _first_flip(name: str, linear: QuantizedLinear, single_1TI: Tensor, double_1TI: Tensor) -> FlippedStep | None:
+    """The first token that has a code within its noise of a rounding border (a flipped code always is)."""
+    single_TI, double_TI = (unrounded_codes(linear, x[0].float()) for x in (single_1TI, double_1TI))
+    noise_T1 = (single_TI - double_TI).abs().amax(-1, keepdim=True)
+    to_border_TI = (single_TI - single_TI.floor() - 0.5).abs()
+    tokens = ((to_border_TI <= NOISE_SLACK * noise_T1) & (noise_T1 > 0)).any(-1).nonzero().flatten()
     return FlippedStep(name, int(tokens[0])) if len(tokens) else None

@@ -21,6 +21,8 @@ from afq_export.validate.integer.xnnpack import (
     integer_linear,
     quantize_static,
     quantize_tokens,
+    scaled_static,
+    token_grids,
 )
 
 
@@ -172,9 +174,9 @@ def fake_quantized(linear: QuantizedLinear, x: Tensor) -> Tensor:
     return quantize_tokens(x).dequantized()
 
 
-def input_codes(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
-    """The integers that the kernel makes of its input, [T, I], or [T, I + 1] with the zero point of dynamic grids."""
+def unrounded_codes(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
+    """What the kernel rounds to integers in its input: [T, I], with the zero points of a dynamic grid [T, I + 1]."""
     if linear.record.input is not None:
-        return quantize_static(x_TI, linear.record.input)
-    tokens = quantize_tokens(x_TI)
-    return torch.cat((tokens.codes, tokens.zero_point), dim=-1)
+        return scaled_static(x_TI, linear.record.input)
+    scale, zero_point = token_grids(x_TI)
+    return torch.cat((x_TI * scale, zero_point), dim=-1)

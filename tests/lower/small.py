@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ GROUP = 32
 def llama(**changes: object) -> DecoderConfig:
     """A Llama of 2 blocks, hidden 64, 4 query heads on 2 KV heads."""
     frequencies = 1.0 / 10000.0 ** (torch.arange(0, 16, 2).float() / 16)
-    values = dict(
+    config = DecoderConfig(
         family="llama",
         model_type="llama",
         hidden=64,
@@ -48,14 +49,13 @@ def llama(**changes: object) -> DecoderConfig:
         bos_id=1,
         eos_ids=(2,),
     )
-    return DecoderConfig(**values | changes)
+    return dataclasses.replace(config, **changes)
 
 
 def opt(**changes: object) -> DecoderConfig:
     """An OPT of 2 blocks: LayerNorm, ReLU, learned positions, biases."""
-    biases = dict(qkv_bias=True, out_bias=True, mlp_bias=True)
-    values = dict(family="opt", model_type="opt", kv_heads=4, activation="relu", rope=None, position_offset=2)
-    return llama(**values | biases | changes)
+    shape = llama(family="opt", model_type="opt", kv_heads=4, activation="relu", rope=None, position_offset=2)
+    return dataclasses.replace(shape, qkv_bias=True, out_bias=True, mlp_bias=True, **changes)
 
 
 def random_linear(

@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from afq_export.arch import decoder
 from afq_export.validate.evaluate import hidden_states
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.xnnpack import integer_linear, quantize_static, quantize_tokens
 from afq_export.validate.rungs import (
     FloatRung,
     ObservedOps,
     fake_quant_rung,
     fake_quantized,
-    input_codes,
     integer_rung,
+    unrounded_codes,
 )
 from tests.validate.tiny import (
     KERNELS,
@@ -83,13 +83,14 @@ def test_float64_between_the_linears_changes_only_last_bits(tmp_path, kernel):
     assert list(inputs[0]) == list(decoder.family(checkpoint.config).linear_shapes(checkpoint.config))
 
 
-def test_input_codes_hold_the_zero_point():
-    linear = random_linear("qd8-f32-qc8w")
+def test_unrounded_codes_round_to_the_codes():
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    codes = input_codes(linear, x)
-    assert codes.shape == (3, 65)
-    assert torch.equal(codes[:, :-1].amin(1), torch.full((3,), -128.0))
-    assert input_codes(random_linear("qs8-qc8w"), x).shape == (3, 64)
+    before, tokens = unrounded_codes(random_linear("qd8-f32-qc8w"), x), quantize_tokens(x)
+    assert torch.equal(before[:, -1:].round(), tokens.zero_point)
+    assert torch.equal((before[:, :-1].round() + tokens.zero_point).clamp(-128, 127), tokens.codes)
+    linear = random_linear("qs8-qc8w")
+    codes = (unrounded_codes(linear, x).round() + linear.record.input.zero_point).clamp(-128, 127)
+    assert torch.equal(codes, quantize_static(x, linear.record.input))
 
 
 @pytest.mark.parametrize("bits", [4, 8, 32])

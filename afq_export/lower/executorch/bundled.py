@@ -6,10 +6,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from executorch.devtools import BundledProgram
-from executorch.devtools.bundled_program.config import MethodTestCase, MethodTestSuite
-from executorch.devtools.bundled_program.serialize import serialize_from_bundled_program_to_flatbuffer
 from torch import Tensor
+
+from afq_export.runtime.library import quiet
+
+with quiet():
+    from executorch.devtools import BundledProgram
+    from executorch.devtools.bundled_program.config import MethodTestCase, MethodTestSuite
+    from executorch.devtools.bundled_program.serialize import serialize_from_bundled_program_to_flatbuffer
 
 
 def bundled_program(pte: bytes, cases: Sequence[tuple[list[Tensor], list[Tensor]]]) -> bytes:
@@ -20,7 +24,7 @@ def bundled_program(pte: bytes, cases: Sequence[tuple[list[Tensor], list[Tensor]
     suite = MethodTestSuite(
         "forward", [MethodTestCase(inputs=given, expected_outputs=expected) for given, expected in cases]
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         path = Path(folder) / "model.pte"
         path.write_bytes(pte)
         bundle = BundledProgram(None, [suite], pte_file_path=str(path))

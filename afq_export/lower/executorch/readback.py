@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import struct
 
 import numpy as np
 from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNDatatype
@@ -14,6 +15,7 @@ from afq_export.errors import InputError
 from afq_export.lower.executorch import weights
 from afq_export.lower.executorch.payload import FullyConnected, fully_connected
 from afq_export.quantize.checkpoint import StaticRange
+from afq_export.runtime.executorch import HEADER_SIZE, check_program_header
 
 KINDS = {
     ("qdint8", "qcint8"): "qc8w",
@@ -65,6 +67,7 @@ def read_linears(pte: bytes) -> list[PackedLinear]:
 
 def read_program(pte: bytes) -> ProgramContent:
     """Everything `lower_program` checks about a finished program. Raises InputError when `pte` is not one."""
+    check_program_header(pte[:HEADER_SIZE], len(pte), "program in memory")
     try:
         file = deserialize_pte_binary(pte)
         constants = _constants(file)
@@ -77,7 +80,7 @@ def read_program(pte: bytes) -> ProgramContent:
         ]
         instructions = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
         names = [".".join(filter(None, (operator.name, operator.overload))) for operator in plan.operators]
-    except (ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
+    except (struct.error, ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
         raise InputError("not a program of this package", why=str(error)) from error
     calls = collections.Counter(names[call.op_index] for call in instructions if isinstance(call, KernelCall))
     delegates = sum(isinstance(call, DelegateCall) for call in instructions)

@@ -49,8 +49,8 @@ class TokenCodes:
         return (self.codes - self.zero_point) * self.step
 
 
-def quantize_tokens(x_TI: Tensor) -> TokenCodes:
-    """XNNPACK's dynamic quantization: one asymmetric int8 grid per token, every operation in float32.
+def token_grids(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """XNNPACK's grid of each token, in float32: `scale` (codes per unit) and the zero point before rounding, [T, 1].
 
     The range always contains 0; the zero point is nudged from the end of the range that has the larger error.
     A token whose range is below 255 / 3.4e38 has no finite scale in float32, here as in the kernel.
@@ -61,18 +61,25 @@ def quantize_tokens(x_TI: Tensor) -> TokenCodes:
     from_low, from_high = low * scale, high * scale
     low_error, high_error = QMIN + from_low, QMAX + from_high
     zero_point = torch.where(low_error + high_error > 0, QMIN - from_low, QMAX - from_high)
-    zero_point = zero_point.clamp(QMIN, QMAX).round()
+    return scale, zero_point.clamp(QMIN, QMAX)
+
+
+def quantize_tokens(x_TI: Tensor) -> TokenCodes:
+    """XNNPACK's dynamic quantization: one asymmetric int8 grid per token, every operation in float32."""
+    scale, zero_point = token_grids(x_TI)
+    zero_point = zero_point.round()
     codes = ((x_TI * scale).round() + zero_point).clamp(QMIN, QMAX)
     return TokenCodes(codes, zero_point, scale.reciprocal())
 
 
-def quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
-    """int8 codes of `x` on a stored grid, as whole float32: `round(x * (1 / scale)) + zero_point`, saturated.
+def scaled_static(x: Tensor, grid: StaticRange) -> Tensor:
+    """`x` in steps of a stored grid, before rounding: times the float32 reciprocal of the scale, as the kernel does."""
+    return x * torch.tensor(grid.scale, dtype=torch.float32).reciprocal()
 
-    The kernel multiplies by the float32 reciprocal; dividing gives other codes at the ties.
-    """
-    inverse = 1.0 / torch.tensor(grid.scale, dtype=torch.float32)
-    return ((x * inverse).round() + grid.zero_point).clamp(QMIN, QMAX)
+
+def quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
+    """int8 codes of `x` on a stored grid, as whole float32: rounded to even at ties, saturated."""
+    return (scaled_static(x, grid).round() + grid.zero_point).clamp(QMIN, QMAX)
 
 
 def dequantize_static(codes: Tensor, grid: StaticRange) -> Tensor:

@@ -1,0 +1,43 @@
+"""The whole ladder on the real lowering and the real runtime: tiny random models of both families, every kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+
+from afq_export.progress import silent
+from afq_export.validate.ladder import Runtime, validate
+from tests.validate.test_ladder import subject_of
+from tests.validate.tiny import KERNELS, random_windows, tiny_checkpoint, xnnpack_target
+
+pytest.importorskip("executorch", reason="the runtime is not installed")
+
+FAST = (("llama", "qd8-f32-qb4w"), ("opt", "qs8-qc8w"))
+CASES = [
+    pytest.param(kind, kernel, marks=() if (kind, kernel) in FAST else pytest.mark.slow)
+    for kind in ("llama", "qwen2", "qwen3", "opt")
+    for kernel in KERNELS
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's and ExecuTorch's own deprecations
+@pytest.mark.parametrize(("kind", "kernel"), CASES)
+def test_the_exported_file_is_the_integer_reference(tmp_path, kind, kernel):
+    from afq_export.lower.executorch.probe import run_linears
+    from afq_export.lower.executorch.program import lower_program
+    from afq_export.runtime.executorch import ExecutorchSession
+
+    checkpoint, target = tiny_checkpoint(tmp_path, kernel, kind), xnnpack_target()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lowered = lower_program(checkpoint, target, silent)
+        (tmp_path / "model.pte").write_bytes(lowered.pte)
+        windows = random_windows(checkpoint.config, count=4, length=48)
+        subject = dataclasses.replace(subject_of(checkpoint), target=target, windows=windows, coverage=lowered.coverage)
+        report = validate(subject, Runtime(lambda: ExecutorchSession(tmp_path / "model.pte"), run_linears))
+    assert report.verdict == "pass", [check for check in report.checks if check.status != "passed"]
+    assert all(layer.passed for layer in report.layers)
+    assert all(layer.exact for layer in report.layers if not target.kernel(layer.kernel).max_relative_error)
+    assert [lowered.name for lowered in report.coverage.lowered] == list(checkpoint.records)
