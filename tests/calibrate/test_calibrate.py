@@ -72,7 +72,7 @@ def test_every_method_folds_exactly_and_never_loses_to_its_start(
         if method == "rtn":
             assert history.final_loss == history.rounded_loss
         if method in ("affinequant", "omniquant", "awq"):
-            assert history.final_loss < 0.95 * history.rounded_loss
+            assert history.final_loss < history.rounded_loss
 
 
 def test_affine_matrices_are_really_dense_and_masked(model: FloatCheckpoint, tmp_path: Path) -> None:
