@@ -1,7 +1,7 @@
 """Why the exported file and the integer reference choose differently at a token.
 
-The linears are equal bit for bit (layers.py), so the two can differ only by the float32 rounding of what lies between
-them: norms, rotary embedding, attention, residuals, about 1e-6 of a logit. That decides an argmax in two ways:
+The linears are equal bit for bit (layers.py), so with torch between them the two can differ only by the float32
+rounding of what lies there: norms, rotary embedding, attention, residuals, about 1e-6 of a logit. That decides an argmax in two ways:
 directly, where two logits nearly tie; or by moving an activation over a rounding border, so that an int8 code in the
 input of some linear flips by one, which costs up to whole logits. The second is shown by running the integer reference
 again with everything between the linears in float64: what an activation moves by is its float32 noise, and one that
@@ -23,7 +23,7 @@ from afq_export.spec.quant import linear_name
 from afq_export.spec.report import Disagreement
 from afq_export.spec.target import TargetProfile
 from afq_export.validate.evaluate import Measurement
-from afq_export.validate.rungs import ObservedOps, QuantizedRung, integer_rung, unrounded_codes
+from afq_export.validate.rungs import ObservedOps, QuantizedRung, integer_rung, run_block, unrounded_codes
 
 NEAR_TIE = 1e-4
 """A logit gap of at most this part of the largest |logit| is a near tie: float32 sums in another order close it."""
@@ -85,7 +85,7 @@ def flipped_steps(checkpoint: QuantizedCheckpoint, target: TargetProfile, ids_T:
     for index in range(config.layers):
         inputs: list[dict[str, Tensor]] = [{}, {}]
         states = [
-            decoder.block(config, ObservedOps(rung.block(index), seen.__setitem__), x)
+            run_block(rung, ObservedOps(rung.block(index), seen.__setitem__), x)
             for rung, seen, x in zip((single, double), inputs, states, strict=True)
         ]
         for role, linear in checkpoint.block(index).items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from afq_export.arch import decoder
 from afq_export.progress import Progress, silent
 from afq_export.spec.report import Perplexity
-from afq_export.validate.rungs import Rung
+from afq_export.validate.rungs import Rung, run_block
 
 if TYPE_CHECKING:
     from afq_export.runtime.session import Session
@@ -58,13 +58,15 @@ class TokenStats:
 class PairStats:
     """A rung against a reference, per predicted token [N, T-1].
 
-    `same`: equal argmax. `kl`: KL(reference || rung) in nats, float64. `margin`: where they differ, the reference's
-    logit of its own choice minus that of the rung's choice, over the reference's largest |logit|; else 0.
+    `same`: equal argmax. `equal`: all logits equal bit for bit. `kl`: KL(reference || rung) in nats, float64.
+    `margin`: where the choices differ, the reference's logit of its own choice minus that of the rung's choice, over
+    the reference's largest |logit|; else 0.
     """
 
     same: Tensor
     kl: Tensor
     margin: Tensor
+    equal: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,7 @@ def hidden_states(rung: Rung, ids_NT: Tensor, progress: Progress = silent, label
         ops = rung.block(index)
         for start in range(0, len(x_NTD), batch):
             part = slice(start, start + batch)
-            x_NTD[part] = decoder.block(rung.config, ops, x_NTD[part])
+            x_NTD[part] = run_block(rung, ops, x_NTD[part])
     progress(label, rung.config.layers, rung.config.layers)
     return x_NTD
 
@@ -160,7 +162,8 @@ def _pair_stats(reference_TV: Tensor, rung_TV: Tensor) -> PairStats:
     ours, theirs = reference_TV.argmax(-1, keepdim=True), rung_TV.argmax(-1, keepdim=True)
     gap_T1 = reference_TV.gather(1, ours) - reference_TV.gather(1, theirs)
     margin = (gap_T1 / reference_TV.abs().amax(-1, keepdim=True).clamp(min=1e-30))[:, 0].double()
-    return PairStats(same=(ours == theirs).T, kl=torch.cat(kl)[None], margin=margin[None])
+    equal = (reference_TV == rung_TV).all(-1)
+    return PairStats(same=(ours == theirs).T, kl=torch.cat(kl)[None], margin=margin[None], equal=equal[None])
 
 
 def _join(parts):

@@ -12,7 +12,7 @@ from afq_export.arch import decoder
 from afq_export.errors import VerdictError
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.progress import Progress, silent
-from afq_export.validate.rungs import FloatRung
+from afq_export.validate.rungs import FloatRung, run_block
 
 TOLERANCE = 1e-9
 """Largest allowed max |difference of logits| / max |logit| in float64."""
@@ -70,7 +70,7 @@ def _compare(
     departed = None if relative_error(*states) <= TOLERANCE else "embedding"
     for index in range(config.layers):
         progress(label, index, config.layers)
-        states = [decoder.block(config, rung.block(index), x) for rung, x in zip(rungs, states, strict=True)]
+        states = [run_block(rung, rung.block(index), x) for rung, x in zip(rungs, states, strict=True)]
         if departed is None and not relative_error(*states) <= TOLERANCE:
             departed = f"blocks.{index}"
     heads = [rung.head() for rung in rungs]

@@ -19,7 +19,15 @@ from afq_export.validate.departures import NEAR_TIE, explain_disagreements
 from afq_export.validate.evaluate import Measurement, measure
 from afq_export.validate.fold_check import TOLERANCE, FoldCheck, measure_fold
 from afq_export.validate.layers import Probe, check_layers
-from afq_export.validate.rungs import FloatRung, Rung, fake_quant_rung, integer_rung
+from afq_export.validate.rungs import (
+    ComparedParts,
+    FloatParts,
+    FloatRung,
+    Rung,
+    TorchParts,
+    fake_quant_rung,
+    integer_rung,
+)
 
 if TYPE_CHECKING:
     from afq_export.runtime.session import Session
@@ -27,6 +35,10 @@ if TYPE_CHECKING:
 NEEDED = ("rung integer", "rung runtime", "layers", "perplexity", "agreement", "disagreements")
 """Checks without which there is no `pass`: a skipped one fails the verdict. The others may be skipped (a bundle is
 validated without its source model), and the report says so."""
+
+
+FLOAT_TOLERANCE = 1e-5
+"""Largest difference of a runtime float operator from torch's, over the largest value of the row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +64,15 @@ class Subject:
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """The real runtime: `open_session` loads the exported file, `probe` runs linears alone. Both may raise
-    MissingToolError, which is recorded as a skipped rung."""
+    MissingToolError, which is recorded as a skipped rung.
+
+    `float_parts` gives the runtime's own float operators, run alone: with them the integer reference can be compared
+    bit for bit; without them (None) torch computes between the linears, and float32 noise flips a code now and then.
+    """
 
     open_session: Callable[[], Session]
     probe: Probe
+    float_parts: Callable[[QuantizedCheckpoint, Session], FloatParts] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +88,14 @@ def validate(
 ) -> ValidationReport:
     """Climbs the ladder. A wrong result is a failed check and `verdict` "fail", never an exception."""
     checks: list[Check] = []
-    rungs = _rungs(subject, runtime, checks)
+    rungs, parts = _rungs(subject, runtime, checks)
     pairs = [("float", name) for name in rungs if "float" in rungs and name != "float"]
     pairs += [("integer", "runtime")] if "runtime" in rungs else []
     measurement = measure(rungs, subject.windows.ids_NT, pairs, progress)
     figures = {name: stats.perplexity for name, stats in measurement.rungs.items()}
     checks += [_rung_check(name, figure) for name, figure in figures.items()]
+    if parts:
+        checks.append(_parts_check(parts))
     fold = _fold(subject, effort, progress)
     checks.append(_fold_check(fold, subject))
     layers, layer_check = _layers(subject, runtime, effort, progress)
@@ -97,6 +116,8 @@ def validate(
             kl=agreement["integer", "runtime"].kl if "runtime" in rungs else None,
             against_float={rung: value for (reference, rung), value in agreement.items() if reference == "float"},
             disagreements=tuple(disagreements),
+            float_operators=parts.name if parts else TorchParts.name,
+            bit_for_bit=_bit_for_bit(measurement),
         ),
         fold=spec.FoldReport(
             max_relative_error_float64=fold.float64 if fold else None,
@@ -133,8 +154,10 @@ def protocol_of(windows: Windows) -> spec.Protocol:
     )
 
 
-def _rungs(subject: Subject, runtime: Runtime, checks: list[Check]) -> dict[str, Rung | Session]:
-    """The rungs that can run, in order; adds a skipped check for each that cannot."""
+def _rungs(
+    subject: Subject, runtime: Runtime, checks: list[Check]
+) -> tuple[dict[str, Rung | Session], ComparedParts | None]:
+    """The rungs that can run, in order, and the runtime's float operators; a skipped check for each that cannot."""
     rungs: dict[str, Rung | Session] = {}
     for name, weights in (("float", subject.original), ("folded", subject.folded)):
         if weights is None:
@@ -142,22 +165,33 @@ def _rungs(subject: Subject, runtime: Runtime, checks: list[Check]) -> dict[str,
         else:
             rungs[name] = FloatRung(weights)
     rungs["fake_quant"] = fake_quant_rung(subject.checkpoint)
-    rungs["integer"] = integer_rung(subject.checkpoint, subject.target)
+    checkpoint, target = subject.checkpoint, subject.target
+    rungs["integer"] = integer_rung(checkpoint, target)
     try:
         session = runtime.open_session()
     except MissingToolError as error:
         checks.append(_skipped("rung runtime", str(error)))
-        return rungs
+        return rungs, None
     if session.context < subject.windows.length:
         reason = f"windows of {subject.windows.length} tokens, the file takes {session.context}"
         checks.append(_skipped("rung runtime", reason))
-        return rungs
-    return rungs | {"runtime": session}
+        return rungs, None
+    parts = ComparedParts(runtime.float_parts(checkpoint, session)) if runtime.float_parts else None
+    return rungs | {"integer": integer_rung(checkpoint, target, parts=parts), "runtime": session}, parts
 
 
 def _rung_check(name: str, figure: spec.Perplexity) -> Check:
     status = "passed" if math.isfinite(figure.value) else "failed"
     return Check(name=f"rung {name}", status=status, detail=f"perplexity {figure.value:.4f} on {figure.tokens} tokens")
+
+
+def _parts_check(parts: ComparedParts) -> Check:
+    """The runtime's float operators are the functions they should be; their last bits are theirs."""
+    return _check(
+        "float operators",
+        parts.error <= FLOAT_TOLERANCE,
+        f"norms, nonlinearity and attention of {parts.name} within {parts.error:.1e} of torch's",
+    )
 
 
 def _fold(subject: Subject, effort: Effort, progress: Progress) -> FoldCheck | None:
@@ -224,7 +258,8 @@ def _runtime_checks(
         _check(
             "agreement",
             same >= target.agreement_floor,
-            f"exported and integer reference choose the same token at {same:.3%}, floor {target.agreement_floor:.1%}",
+            f"exported and integer reference choose the same token at {same:.3%}, floor {target.agreement_floor:.1%}; "
+            f"logits equal bit for bit at {_bit_for_bit(measurement):.3%}",
         ),
         _check("disagreements", counts["unexplained"] == 0, f"{len(disagreements)} disagreements: {explained}"),
     ]
@@ -239,6 +274,12 @@ def _agreements(measurement: Measurement) -> dict[tuple[str, str], spec.Agreemen
     }
 
 
+def _bit_for_bit(measurement: Measurement) -> float | None:
+    """Share of tokens whose logits are equal to the last bit in the exported file and the reference."""
+    pair = measurement.pairs.get(("integer", "runtime"))
+    return None if pair is None else float(pair.equal.double().mean())
+
+
 def _check(name: str, passed: bool, detail: str) -> Check:
     return Check(name=name, status="passed" if passed else "failed", detail=detail)
 
@@ -249,5 +290,12 @@ def _skipped(name: str, reason: str) -> Check:
 
 def _order(check: Check) -> int:
     """Rungs in the order of the ladder, then the rest as they come."""
-    names = [f"rung {rung}" for rung in spec.RUNGS] + ["fold", "layers", "perplexity", "agreement", "disagreements"]
+    names = [f"rung {rung}" for rung in spec.RUNGS] + [
+        "fold",
+        "layers",
+        "float operators",
+        "perplexity",
+        "agreement",
+        "disagreements",
+    ]
     return names.index(check.name)

@@ -17,7 +17,7 @@ from afq_export.spec.quant import linear_name
 from afq_export.spec.report import LayerReport
 from afq_export.spec.target import Kernel, TargetProfile
 from afq_export.validate.integer.xnnpack import integer_linear, quantize_tokens
-from afq_export.validate.rungs import ObservedOps, integer_rung
+from afq_export.validate.rungs import ObservedOps, integer_rung, run_block
 
 Probe = Callable[[Sequence[QuantizedLinear], Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """Runs linears alone in the real runtime: float32 inputs [T, I] by name -> float32 outputs [T, O] by name."""
@@ -43,7 +43,7 @@ def check_layers(
     for index in range(config.layers):
         progress("layers", index, config.layers + 1)
         inputs: dict[str, Tensor] = {}
-        x = decoder.block(config, ObservedOps(rung.block(index), inputs.__setitem__), x)
+        x = run_block(rung, ObservedOps(rung.block(index), inputs.__setitem__), x)
         linears = {role: checkpoint.linear(linear_name(index, role)) for role in inputs}
         floats = folded.block(index) if folded else None
         reports += _check_together(linears, inputs, floats, target, probe)

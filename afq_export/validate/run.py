@@ -64,7 +64,12 @@ def executorch_runtime(bundle: Bundle) -> Runtime:
 
         return run_linears(linears, inputs)
 
-    return Runtime(open_session, probe)
+    def float_parts(checkpoint, session):
+        from afq_export.lower.executorch.float_parts import ExecutorchFloatParts
+
+        return ExecutorchFloatParts(session.context, session.prefill)
+
+    return Runtime(open_session, probe, float_parts)
 
 
 def read_coverage(checkpoint: QuantizedCheckpoint, bundle: Bundle) -> Coverage:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afq_export.arch import decoder
+from afq_export.arch.attention import causal_attention
 from afq_export.arch.config import DecoderConfig
-from afq_export.arch.ops import FloatOps, Ops, Weights
+from afq_export.arch.ops import FloatOps, Ops, Weights, activate
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.target import TargetProfile
@@ -24,6 +25,64 @@ from afq_export.validate.integer.xnnpack import (
     scaled_static,
     token_grids,
 )
+
+
+class FloatParts(Protocol):
+    """How what lies between the integer linears is computed; `name` is `torch` or that of the runtime it is taken from.
+
+    Elementwise products and sums need no entry: IEEE float32 leaves them no choice.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def norm(self, config: DecoderConfig, weights: Weights, role: str, x: Tensor) -> Tensor:
+        """RMSNorm or LayerNorm over the last dimension, weights included."""
+
+    def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
+        """The MLP's nonlinearity."""
+
+    def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """Causal attention [B, T, H, d] of whole sequences."""
+
+
+class TorchParts:
+    """torch, in the dtype of its input."""
+
+    name = "torch"
+
+    def norm(self, config: DecoderConfig, weights: Weights, role: str, x: Tensor) -> Tensor:
+        return FloatOps(config, weights).norm(role, x)
+
+    def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
+        return activate(config.activation, x)
+
+    def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        return causal_attention(q_BTHd, k_BTKd, v_BTKd)
+
+
+class ComparedParts:
+    """`parts`, each result held against torch's; `error` is the largest difference over the row's largest value."""
+
+    def __init__(self, parts: FloatParts) -> None:
+        self.parts, self.name, self.reference, self.error = parts, parts.name, TorchParts(), 0.0
+
+    def norm(self, config: DecoderConfig, weights: Weights, role: str, x: Tensor) -> Tensor:
+        return self._compare(self.parts.norm(config, weights, role, x), self.reference.norm(config, weights, role, x))
+
+    def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
+        return self._compare(self.parts.activation(config, x), self.reference.activation(config, x))
+
+    def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        return self._compare(
+            self.parts.attention(q_BTHd, k_BTKd, v_BTKd), self.reference.attention(q_BTHd, k_BTKd, v_BTKd)
+        )
+
+    def _compare(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        size = theirs.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+        error = float(((ours - theirs).abs() / size).max())
+        self.error = max(self.error, error) if error == error else float("inf")
+        return ours
 
 
 class Rung(Protocol):
@@ -40,6 +99,16 @@ class Rung(Protocol):
 
     def head(self) -> Ops:
         """`final_norm` and `lm_head`."""
+
+    def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """Causal attention [B, T, H, d]."""
+
+
+def run_block(rung: Rung, ops: Ops, x_BTD: Tensor) -> Tensor:
+    """One block of `rung` over whole sequences, [B, T, D]."""
+    config, arch = rung.config, decoder.family(rung.config)
+    q, k, v = arch.attention_in(config, ops, x_BTD, decoder.rope_for(config, x_BTD.shape[1], x_BTD.dtype))
+    return arch.attention_out(config, ops, x_BTD, rung.attend(q, k, v))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +131,9 @@ class FloatRung:
     def head(self) -> Ops:
         return FloatOps(self.config, self.weights.head(self.dtype))
 
+    def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        return causal_attention(q_BTHd, k_BTKd, v_BTKd)
+
 
 class FakeQuantOps:
     """Dequantized codes times fake-quantized activations, a float32 matmul: what training and calibration see."""
@@ -83,7 +155,7 @@ class FakeQuantOps:
 
 
 class IntegerOps:
-    """The target's integer kernels, exactly; everything between them in the dtype of `x` and of `floats`."""
+    """The target's integer kernels, exactly; what lies between them as `parts` computes it."""
 
     def __init__(
         self,
@@ -91,19 +163,21 @@ class IntegerOps:
         linears: Mapping[str, QuantizedLinear],
         floats: Weights,
         arithmetics: Mapping[str, str],
+        parts: FloatParts,
     ) -> None:
         """`arithmetics`: kernel name -> `Kernel.arithmetic`."""
-        self.float_ops, self.linears, self.arithmetics = FloatOps(config, floats), linears, arithmetics
+        self.config, self.linears, self.floats = config, linears, floats
+        self.arithmetics, self.parts = arithmetics, parts
 
     def linear(self, role: str, x: Tensor) -> Tensor:
         linear = self.linears[role]
         return integer_linear(self.arithmetics[linear.record.kernel], linear, x.float()).to(x.dtype)
 
     def norm(self, role: str, x: Tensor) -> Tensor:
-        return self.float_ops.norm(role, x)
+        return self.parts.norm(self.config, self.floats, role, x)
 
     def activation(self, x: Tensor) -> Tensor:
-        return self.float_ops.activation(x)
+        return self.parts.activation(self.config, x)
 
 
 class ObservedOps:
@@ -130,6 +204,7 @@ class QuantizedRung:
     checkpoint: QuantizedCheckpoint
     make_ops: Callable[[Mapping[str, QuantizedLinear], Weights], Ops]
     dtype: torch.dtype = torch.float32
+    parts: FloatParts = dataclasses.field(default_factory=TorchParts)
 
     @property
     def config(self) -> DecoderConfig:
@@ -146,6 +221,9 @@ class QuantizedRung:
         lm_head = {"lm_head": self.checkpoint.linear("lm_head")}
         return self.make_ops(lm_head, self._cast(self.checkpoint.head_floats()))
 
+    def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        return self.parts.attention(q_BTHd, k_BTKd, v_BTKd)
+
     def _cast(self, floats: Weights) -> Weights:
         return {name: tensor.to(self.dtype) for name, tensor in floats.items()}
 
@@ -156,12 +234,19 @@ def fake_quant_rung(checkpoint: QuantizedCheckpoint) -> QuantizedRung:
 
 
 def integer_rung(
-    checkpoint: QuantizedCheckpoint, target: TargetProfile, dtype: torch.dtype = torch.float32
+    checkpoint: QuantizedCheckpoint,
+    target: TargetProfile,
+    dtype: torch.dtype = torch.float32,
+    parts: FloatParts | None = None,
 ) -> QuantizedRung:
-    """The checkpoint as the target's kernels compute it."""
+    """The checkpoint as the target's kernels compute it, torch between them unless `parts` says otherwise."""
+    between = parts or TorchParts()
     arithmetics = {kernel.name: kernel.arithmetic for kernel in target.kernels}
     return QuantizedRung(
-        checkpoint, lambda linears, floats: IntegerOps(checkpoint.config, linears, floats, arithmetics), dtype
+        checkpoint,
+        lambda linears, floats: IntegerOps(checkpoint.config, linears, floats, arithmetics, between),
+        dtype,
+        between,
     )
 
 

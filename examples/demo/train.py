@@ -150,7 +150,7 @@ def train_tokenizer(documents: list[str]) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json and a tokenizer_config.json that transformers 4 and 5 both read."""
+    """Write tokenizer.json and tokenizer_config.json, under the class name known to transformers 4 and 5."""
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
