@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import tomli_w
 
 from afq_export.errors import InputError
 from afq_export.files import sha256_file, write_text
 from afq_export.load.checkpoint import FloatCheckpoint
 from afq_export.spec.recipe import Recipe
 from afq_export.spec.report import Manifest, ManifestModel, to_json
+from afq_export.spec.strict import to_toml
 from afq_export.spec.target import TargetProfile
 
 MANIFEST = "manifest.json"
@@ -46,8 +46,8 @@ class Bundle:
 
 def describe(recipe: Recipe, target: TargetProfile, folder: Path) -> None:
     """recipe.toml and target.toml with every default written out, so that they read back as what was used."""
-    write_text(folder / "recipe.toml", tomli_w.dumps(msgspec.to_builtins(recipe)))
-    write_text(folder / "target.toml", tomli_w.dumps(msgspec.to_builtins(target)))
+    write_text(folder / "recipe.toml", to_toml(recipe))
+    write_text(folder / "target.toml", to_toml(target))
 
 
 def save_model_files(model: FloatCheckpoint, tokenizer: Any, folder: Path) -> None:

@@ -49,9 +49,11 @@ def write_program(checkpoint: QuantizedCheckpoint, job: Job, model: Path, vector
 def command_line(job: Job) -> list[str]:
     """The command that makes this bundle again, without paths that only one machine has."""
     request = job.request
-    parts = ["afq-export", "run", "--target", job.target.name, "--recipe", job.recipe.name, "--seed", str(request.seed)]
-    if request.model:
-        parts += ["--model", Path(request.model).name if Path(request.model).exists() else request.model]
+    parts = ["afq-export", "run", "--target", job.target.name, "--recipe", job.recipe.name]
+    parts += ["--seed", str(request.seed), "--threads", str(job.threads)]
+    for option, name in (("--model", request.model), ("--calib", request.calib)):
+        if name:
+            parts += [option, Path(name).name if Path(name).exists() else name]
     for change in request.changes:
         parts += ["--set", change]
     return parts + (["--tiny"] if request.tiny else [])

@@ -38,9 +38,18 @@ def _facts(report: ValidationReport) -> str:
     if report.agreement.top1 is not None:
         kl = tables.number(report.agreement.kl, ".2e")
         facts.append(f"- exported file against the integer reference: top-1 {report.agreement.top1:.3%}, KL {kl}")
+        facts.append(f"- float operators between the reference's integer linears: {_between(report)}")
     costs = {"calibration, s": cost.calibrate_s, "export, s": cost.export_s, "peak memory, MB": cost.peak_rss_mb}
     facts += [f"- {what}: {value:.0f}" for what, value in costs.items() if value is not None]
     return "\n".join(facts)
+
+
+def _between(report: ValidationReport) -> str:
+    """Whose they are, and what that makes of the comparison."""
+    if report.agreement.float_operators == "torch":
+        return "torch's, so float32 noise can flip a code"
+    equal = tables.number(report.agreement.bit_for_bit, ".3%")
+    return f"{report.agreement.float_operators}'s own, run alone; logits equal bit for bit at {equal} of the tokens"
 
 
 def _disagreements(items: tuple[Disagreement, ...]) -> list[str]:

@@ -49,7 +49,8 @@ class ExecutorchSession:
 
     def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation (see `Session`)."""
-        position, generated = len(ids), []
+        position = len(ids)
+        generated: list[int] = []
         row = self.logits(ids)[-1]
         while len(generated) < tokens:
             best = int(row.argmax())

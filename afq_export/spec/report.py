@@ -87,12 +87,18 @@ class Disagreement(Data):
 
 
 class AgreementReport(Data):
-    """The exported file against the integer reference, and every rung against the float model."""
+    """The exported file against the integer reference, and every rung against the float model.
+
+    `float_operators`: whose float32 operators stand between the integer models of the reference, the runtime's own
+    (run alone) or torch's. `bit_for_bit`: share of tokens all of whose logits are equal to the last bit.
+    """
 
     top1: float | None
     kl: float | None
     against_float: dict[str, Agreement]
     disagreements: tuple[Disagreement, ...] = ()
+    float_operators: str = "torch"
+    bit_for_bit: float | None = None
 
 
 class FoldReport(Data):

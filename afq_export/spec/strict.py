@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import tomli_w
 
 from afq_export.errors import InputError
 
@@ -38,6 +39,17 @@ def convert(data: Any, kind: type[T], where: str) -> T:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         raise InputError("does not fit", where=where, why=str(error), do=_hint(kind, str(error))) from error
+
+
+def to_toml(data: Data) -> str:
+    """`data` as TOML, every default written out, what is None left out (TOML has no null): it reads back the same."""
+    return tomli_w.dumps(_without_none(msgspec.to_builtins(data)))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _hint(kind: type, message: str) -> str:

@@ -1,11 +1,12 @@
 """Why the exported file and the integer reference choose differently at a token.
 
 The linears are equal bit for bit (layers.py), so with torch between them the two can differ only by the float32
-rounding of what lies there: norms, rotary embedding, attention, residuals, about 1e-6 of a logit. That decides an argmax in two ways:
-directly, where two logits nearly tie; or by moving an activation over a rounding border, so that an int8 code in the
-input of some linear flips by one, which costs up to whole logits. The second is shown by running the integer reference
-again with everything between the linears in float64: what an activation moves by is its float32 noise, and one that
-lies nearer to a rounding border than a few times that noise flips in a runtime that adds in another order.
+rounding of what lies there: norms, rotary embedding, attention, residuals, about 1e-6 of a logit. That decides an
+argmax in two ways: directly, where two logits nearly tie; or by moving an activation over a rounding border, so that an
+int8 code in the input of some linear flips by one, which costs up to whole logits. The second is shown by running the
+integer reference again with everything between the linears in float64: what an activation moves by is its float32
+noise, and one that lies nearer to a rounding border than a few times that noise flips in a runtime that adds in another
+order.
 """
 
 from __future__ import annotations

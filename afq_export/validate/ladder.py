@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from afq_export.errors import MissingToolError
 from afq_export.load.checkpoint import DecoderWeights
@@ -133,7 +133,7 @@ def validate(
     )
 
 
-def verdict(checks: tuple[Check, ...]) -> str:
+def verdict(checks: tuple[Check, ...]) -> Literal["pass", "fail"]:
     """`pass` when nothing failed and everything in NEEDED passed; else `fail`."""
     passed = {check.name for check in checks if check.status == "passed"}
     failed = any(check.status == "failed" for check in checks)
@@ -181,8 +181,8 @@ def _rungs(
 
 
 def _rung_check(name: str, figure: spec.Perplexity) -> Check:
-    status = "passed" if math.isfinite(figure.value) else "failed"
-    return Check(name=f"rung {name}", status=status, detail=f"perplexity {figure.value:.4f} on {figure.tokens} tokens")
+    detail = f"perplexity {figure.value:.4f} on {figure.tokens} tokens"
+    return _check(f"rung {name}", math.isfinite(figure.value), detail)
 
 
 def _parts_check(parts: ComparedParts) -> Check:

@@ -44,6 +44,8 @@ def sample(**changes: object) -> spec.ValidationReport:
         "agreement": spec.AgreementReport(
             top1=0.9995,
             kl=1e-6,
+            float_operators="executorch",
+            bit_for_bit=0.75,
             against_float={"folded": near, "fake_quant": near, "integer": near, "runtime": near},
             disagreements=(
                 spec.Disagreement(0, 17, 5, 9, 3e-2, "flipped_step", "blocks.0.down_proj"),

@@ -36,17 +36,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("length", [5, 3 * PREFILL + 7], ids=["one call", "a prompt longer than a call"])
 def test_runner_generates_what_the_session_does(length: int, tokenizer: Path, tmp_path: Path) -> None:
     vocabulary = Tokenizer.from_file(str(tokenizer))
-    config = llama(vocab=vocabulary.get_vocab_size(), max_positions=CONTEXT, bos_id=0, eos_ids=(1,))
+    config = llama(vocab=vocabulary.get_vocab_size(), max_positions=CONTEXT, bos_id=None, eos_ids=(1,))
     checkpoint = random_checkpoint(tmp_path / "quantized", config, "qd8-f32-qb4w")
     path = tmp_path / "model.pte"
     target = msgspec.structs.replace(TARGET, shapes=Shapes(context=CONTEXT, prefill=PREFILL))
     path.write_bytes(lower_program(checkpoint, target, silent).pte)
 
     prompt = "".join(chr(97 + place % 26) for place in range(length))
-    ids = torch.tensor([0, *vocabulary.encode(prompt).ids])
-    assert len(ids) == length + 1
+    ids = torch.tensor(vocabulary.encode(prompt).ids)
+    assert len(ids) == length
     expected = ExecutorchSession(path).generate(ids, 8, frozenset({1}))
-    assert run(path, tokenizer, prompt, 8) == [vocabulary.decode([token]) for token in expected]
+    pieces = [piece for piece in run(path, tokenizer, prompt, 8) if piece != EOS]
+    assert pieces == [vocabulary.decode([token], skip_special_tokens=False) for token in expected]
 
 
 def run(program: Path, tokenizer: Path, prompt: str, tokens: int) -> list[str]:
@@ -56,6 +57,6 @@ def run(program: Path, tokenizer: Path, prompt: str, tokens: int) -> list[str]:
 
         pieces: list[str] = []
         runner = TextLLMRunner(str(program), str(tokenizer))
-        settings = GenerationConfig(echo=False, max_new_tokens=tokens, temperature=0.0, num_bos=1)
+        settings = GenerationConfig(echo=False, max_new_tokens=tokens, temperature=0.0)
         runner.generate(prompt, settings, token_callback=pieces.append)
     return pieces

@@ -8,12 +8,13 @@ import msgspec
 import pytest
 import torch
 
+from afq_export.arch import decoder
 from afq_export.errors import MissingToolError
 from afq_export.spec import report as spec
 from afq_export.validate.departures import NEAR_TIE, explain_disagreements, flipped_steps
-from afq_export.validate.evaluate import Measurement, PairStats, TokenStats, measure
+from afq_export.validate.evaluate import Measurement, PairStats, TokenStats, hidden_states, measure
 from afq_export.validate.ladder import Runtime, Subject, validate
-from afq_export.validate.rungs import integer_rung
+from afq_export.validate.rungs import TorchParts, integer_rung
 from tests.validate.test_fold_check import Scaled
 from tests.validate.test_layers import model_probe
 from tests.validate.tiny import DequantizedWeights, random_windows, tiny_checkpoint, xnnpack_target
@@ -31,9 +32,6 @@ class IntegerSession:
 
     @torch.no_grad()
     def logits(self, ids):
-        from afq_export.arch import decoder
-        from afq_export.validate.evaluate import hidden_states
-
         return self.change(decoder.head(self.rung.head(), hidden_states(self.rung, ids[None]))[0].float())
 
 
@@ -163,7 +161,7 @@ def measured(same, margin) -> Measurement:
     """A measurement with one window whose second choice differs by `margin`."""
     top1 = torch.zeros(1, len(same), dtype=torch.int64)
     stats = TokenStats(nll=torch.zeros(1, len(same)), top1=top1)
-    pair = PairStats(torch.tensor([same]), torch.zeros(1, len(same)), torch.tensor([margin]))
+    pair = PairStats(torch.tensor([same]), torch.zeros(1, len(same)), torch.tensor([margin]), torch.tensor([same]))
     return Measurement({"integer": stats, "runtime": stats}, {("integer", "runtime"): pair})
 
 
@@ -203,3 +201,38 @@ def test_float64_between_linears_is_a_runtime_like_any_other(checkpoint):
     measurement = measure(rungs, windows.ids_NT, [("integer", "runtime")])
     found = explain_disagreements(checkpoint, xnnpack_target(), windows.ids_NT, measurement)
     assert all(item.reason != "unexplained" for item in found)
+
+
+class ShiftedParts(TorchParts):
+    """A runtime's float operators, `error` off torch's."""
+
+    name = "shifted"
+
+    def __init__(self, error: float) -> None:
+        self.scale = 1 + error
+
+    def norm(self, config, weights, role, x):
+        return super().norm(config, weights, role, x) * self.scale
+
+
+@pytest.mark.parametrize(("error", "status"), [(1e-6, "passed"), (1e-3, "failed")])
+def test_the_runtimes_float_operators_are_held_against_torchs(checkpoint, error, status):
+    """The reference takes them, so a wrong one would agree with itself: it fails by its distance from torch."""
+    runtime = Runtime(
+        lambda: IntegerSession(checkpoint, dtype=torch.float32), model_probe, lambda *_: ShiftedParts(error)
+    )
+    report = validate(subject_of(checkpoint), runtime)
+    assert statuses(report)["float operators"] == status
+    assert report.agreement.float_operators == "shifted"
+    assert (report.verdict == "pass") == (status == "passed")
+
+
+def test_bit_for_bit_counts_whole_tokens(checkpoint):
+    def change(logits):
+        logits[3, 5] += 1e-3
+        return logits
+
+    runtime = Runtime(lambda: IntegerSession(checkpoint, change, torch.float32), model_probe)
+    report = validate(subject_of(checkpoint), runtime)
+    assert report.agreement.bit_for_bit == pytest.approx(14 / 15)
+    assert report.agreement.float_operators == "torch"

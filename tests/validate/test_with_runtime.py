@@ -10,6 +10,7 @@ import pytest
 from afq_export.progress import silent
 from afq_export.validate.ladder import Runtime, validate
 from tests.validate.test_ladder import subject_of
+from tests.validate.test_xnnpack_runtime import runs_avx512_vnni
 from tests.validate.tiny import KERNELS, random_windows, tiny_checkpoint, xnnpack_target
 
 pytest.importorskip("executorch", reason="the runtime is not installed")
@@ -25,6 +26,7 @@ CASES = [
 @pytest.mark.filterwarnings("ignore")  # torch's and ExecuTorch's own deprecations
 @pytest.mark.parametrize(("kind", "kernel"), CASES)
 def test_the_exported_file_is_the_integer_reference(tmp_path, kind, kernel):
+    from afq_export.lower.executorch.float_parts import ExecutorchFloatParts
     from afq_export.lower.executorch.probe import run_linears
     from afq_export.lower.executorch.program import lower_program
     from afq_export.runtime.executorch import ExecutorchSession
@@ -36,8 +38,16 @@ def test_the_exported_file_is_the_integer_reference(tmp_path, kind, kernel):
         (tmp_path / "model.pte").write_bytes(lowered.pte)
         windows = random_windows(checkpoint.config, count=4, length=48)
         subject = dataclasses.replace(subject_of(checkpoint), target=target, windows=windows, coverage=lowered.coverage)
-        report = validate(subject, Runtime(lambda: ExecutorchSession(tmp_path / "model.pte"), run_linears))
+        runtime = Runtime(
+            lambda: ExecutorchSession(tmp_path / "model.pte"),
+            run_linears,
+            lambda _, session: ExecutorchFloatParts(session.context, session.prefill),
+        )
+        report = validate(subject, runtime)
     assert report.verdict == "pass", [check for check in report.checks if check.status != "passed"]
+    assert report.agreement.float_operators == "executorch"
+    if kernel != "qd8-f32-qb4w" or runs_avx512_vnni():
+        assert report.agreement.bit_for_bit == 1
     assert all(layer.passed for layer in report.layers)
     assert all(layer.exact for layer in report.layers if not target.kernel(layer.kernel).max_relative_error)
     assert [lowered.name for lowered in report.coverage.lowered] == list(checkpoint.records)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchProgramManager, to_edge
@@ -46,7 +47,7 @@ def export_program(
     example: tuple[Tensor, ...],
     segments: Sequence[Segment],
     *,
-    dynamic_shapes: object = None,
+    dynamic_shapes: dict[str, Any] | None = None,
     metadata: Mapping[str, object] | None = None,
 ) -> ExecutorchProgramManager:
     """The program of `module`, whose `call_segment` calls become delegates. `metadata` are its constant methods."""

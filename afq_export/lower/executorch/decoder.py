@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afq_export.arch.attention import rope_tables
+from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.lower.executorch.compose import call_segment
 from afq_export.lower.executorch.segments import Segment
@@ -33,10 +34,7 @@ class CachedDecoder(nn.Module):
             cos_Sd, sin_Sd = rope_tables(self.config.rope, torch.arange(context))
             self.register_buffer("cos", cos_Sd)
             self.register_buffer("sin", sin_Sd)
-        shape = (1, context, self.config.kv_heads, self.config.head_dim)
-        for index in range(self.config.layers):
-            self.register_buffer(f"keys_{index}", torch.zeros(shape))
-            self.register_buffer(f"values_{index}", torch.zeros(shape))
+        self.attention = nn.ModuleList(CachedAttention(self.config, context) for _ in range(self.config.layers))
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         count = tokens.shape[1]
@@ -52,9 +50,9 @@ class CachedDecoder(nn.Module):
         first, *middle, last = self.segments
         q, k, v = call_segment(first, [x, *rotation])
         for index, segment in enumerate(middle):
-            attended = self._attend(index, q, k, v, start)
+            attended = self.attention[index](q, k, v, start)
             x, q, k, v = call_segment(segment, [x, attended, *rotation])
-        attended = self._attend(len(middle), q, k, v, start)
+        attended = self.attention[-1](q, k, v, start)
         return call_segment(last, [x, attended])[0]
 
     def _embed(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
@@ -62,12 +60,21 @@ class CachedDecoder(nn.Module):
         positions = input_pos + torch.arange(tokens.shape[1])
         return family(self.config).embed(self.config, self.rows(tokens), weights, positions)
 
-    def _attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """Causal attention over everything cached; [1, T, H, d]."""
-        keys, values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
-        torch.ops.llama.update_cache(k, keys, start)
-        torch.ops.llama.update_cache(v, values, start)
-        return torch.ops.llama.custom_sdpa(q, keys, values, start, None, 0.0, True)
+
+class CachedAttention(nn.Module):
+    """One block's KV cache, float32 [1, context, K, d], and causal attention over everything in it."""
+
+    def __init__(self, config: DecoderConfig, context: int) -> None:
+        super().__init__()
+        shape = (1, context, config.kv_heads, config.head_dim)
+        self.register_buffer("keys", torch.zeros(shape))
+        self.register_buffer("values", torch.zeros(shape))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """[1, T, H, d] for q [1, T, H, d], k and v [1, T, K, d] of the tokens at `start` and after."""
+        torch.ops.llama.update_cache(k, self.keys, start)
+        torch.ops.llama.update_cache(v, self.values, start)
+        return torch.ops.llama.custom_sdpa(q, self.keys, self.values, start, None, 0.0, True)
 
 
 class TokenRows(nn.Module):

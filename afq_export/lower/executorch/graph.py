@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as xnn
+from executorch.backends.xnnpack.serialization.xnnpack_graph_schema import XNNDatatype as DType
 from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import (
     CONSTANT_TENSOR_ALIGNMENT,
     serialize_xnnpack_binary,
@@ -30,8 +31,6 @@ from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDa
 
 WHOLE = 0
 """In a reshape or slice: the dimension that is known at run time only."""
-
-DType = xnn.XNNDatatype
 
 
 class Tokens(int):

@@ -116,9 +116,14 @@ def fully_connected(program: bytes) -> Iterator[FullyConnected]:
     values = [_value(value, keys) for value in graph.records(2)]
     for node in graph.records(1):
         if node.integer(0, number.Uint8Flags) == _FULLY_CONNECTED:
-            ids = [node.record(1).integer(slot) for slot in range(4)]
-            given, weight, bias, result = (values[i] if i < len(values) else None for i in ids)
-            yield FullyConnected(node.integer(2), given, weight, bias, result)
+            given, weight, bias, result = (node.record(1).integer(slot) for slot in range(4))
+            yield FullyConnected(
+                handle=node.integer(2),
+                input=values[given],
+                weight=values[weight],
+                bias=values[bias] if bias < len(values) else None,
+                output=values[result],
+            )
 
 
 def _value(value: Record, keys: list[str]) -> Value:

@@ -95,16 +95,19 @@ def _difference(ours: QuantizedLinear, theirs: PackedLinear) -> str:
         return "codes differ"
     if not np.array_equal(ours.scales.float().numpy(), theirs.scales):
         return "scales differ"
-    if (ours.bias is None) != (theirs.bias is None):
+    bias = _stored_bias(ours)
+    if (bias is None) != (theirs.bias is None):
         return "bias is missing" if theirs.bias is None else "a bias was added"
-    if ours.bias is not None and not np.array_equal(_stored_bias(ours), theirs.bias):
+    if bias is not None and theirs.bias is not None and not np.array_equal(bias, theirs.bias):
         return "bias differs"
     grids = {"input": (ours.record.input, theirs.input), "output": (ours.record.output, theirs.output)}
     return next((f"{side} grid differs" for side, (grid, stored) in grids.items() if not _same(grid, stored)), "")
 
 
-def _stored_bias(linear: QuantizedLinear) -> np.ndarray:
+def _stored_bias(linear: QuantizedLinear) -> np.ndarray | None:
     """The bias as the kernel takes it: float32, or int32 steps when the input's grid is stored."""
+    if linear.bias is None:
+        return None
     bias, grid = linear.bias.float().numpy(), linear.record.input
     return bias if grid is None else static_bias(bias, grid.scale, linear.scales.float().numpy())
 

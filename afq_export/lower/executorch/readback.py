@@ -13,7 +13,7 @@ from executorch.exir.schema import DelegateCall, KernelCall
 
 from afq_export.errors import InputError
 from afq_export.lower.executorch import weights
-from afq_export.lower.executorch.payload import FullyConnected, fully_connected
+from afq_export.lower.executorch.payload import FullyConnected, Value, fully_connected
 from afq_export.quantize.checkpoint import StaticRange
 from afq_export.runtime.executorch import HEADER_SIZE, check_program_header
 
@@ -103,8 +103,20 @@ def _linear(node: FullyConnected, constants: dict[str, bytes]) -> PackedLinear:
     bias = None
     if node.bias is not None:
         bias = np.frombuffer(constants[node.bias.data], np.int32 if static else np.float32)
-    grids = [StaticRange(scale=v.scale, zero_point=v.zero_point) if static else None for v in (node.input, node.output)]
-    return PackedLinear(node.handle, kind, (outputs, inputs), scales, bias, *grids, constants[weight.data])
+    return PackedLinear(
+        number=node.handle,
+        kind=kind,
+        shape=(outputs, inputs),
+        scales=scales,
+        bias=bias,
+        input=_grid(node.input) if static else None,
+        output=_grid(node.output) if static else None,
+        packed=constants[weight.data],
+    )
+
+
+def _grid(value: Value) -> StaticRange:
+    return StaticRange(scale=value.scale, zero_point=value.zero_point)
 
 
 def _short(dtype: XNNDatatype) -> str:

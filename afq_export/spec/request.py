@@ -1,0 +1,43 @@
+"""What the user asked for, as typed, without anything opened; the commands build it without importing torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asked for. None: the default (the demo model, the target's recipe, the demo corpora).
+
+    `eval_windows` None: 40 evenly spaced windows; 0: all. `window`: tokens of an evaluation window. `threads` None:
+    as many as this process may use; the last bits of what is learned depend on their number.
+    """
+
+    target: str = "android-xnnpack"
+    model: str | None = None
+    recipe: str | None = None
+    changes: tuple[str, ...] = ()
+    calib: str | None = None
+    eval: str | None = None
+    out: str | None = None
+    seed: int = 0
+    tiny: bool = False
+    window: int | None = None
+    eval_windows: int | None = None
+    threads: int | None = None
+
+
+def recorded_request(data: Mapping[str, Any]) -> Request:
+    """The request that run.json holds; paths that were relative to the folder of that run are found from here."""
+    fields = {field.name for field in dataclasses.fields(Request)}
+    known = {key: value for key, value in data.items() if key in fields}
+    known["changes"] = tuple(known.get("changes") or ())
+    base = Path(data.get("cwd", "."))
+    for key in ("target", "model", "recipe", "calib", "eval"):
+        name = known.get(key)
+        if name and not Path(name).exists() and (base / name).exists():
+            known[key] = str(base / name)
+    return Request(**known)
