@@ -37,16 +37,14 @@ def layer_groups(records: Mapping[str, LinearRecord]) -> tuple[LayerGroup, ...]:
     )
 
 
-def groups_table(groups: Sequence[LayerGroup]) -> Table:
-    """One row per group; the column of notes only when there are any."""
-    noted = any(group.note for group in groups)
-    header = ("linears", "count", "O x I", "weight", "activation", "kernel") + (("note",) if noted else ())
+def groups_text(groups: Sequence[LayerGroup]) -> str:
+    """A row per group, and below the table the notes."""
     rows = tuple(
-        (g.linears, str(g.count), f"{g.outputs} x {g.inputs}", g.weight, g.activation, g.kernel)
-        + ((g.note,) if noted else ())
-        for g in groups
+        (g.linears, str(g.count), f"{g.outputs} x {g.inputs}", g.weight, g.activation, g.kernel) for g in groups
     )
-    return Table(header, rows, frozenset({1}))
+    table = Table(("linears", "count", "O x I", "weight", "activation", "kernel"), rows, frozenset({1})).text()
+    notes = [f"{group.linears}: {group.note}" for group in groups if group.note]
+    return "\n".join([table, *([""] if notes else []), *notes])
 
 
 def _pattern(records: Sequence[LinearRecord], blocks: int) -> str:
