@@ -12,7 +12,7 @@ from torch import Tensor
 from afq_export.arch.config import DecoderConfig
 
 Weights = Mapping[str, Tensor]
-"""Tensors of one block (or of the embedding, or of the head) by role: `q_proj.weight` [O, I], `attn_norm.weight` [D]."""
+"""Tensors of one block (or of the embedding, or the head) by role: `q_proj.weight` [O, I], `attn_norm.weight` [D]."""
 
 
 class Ops(Protocol):

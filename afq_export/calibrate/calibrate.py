@@ -19,7 +19,7 @@ from afq_export.calibrate.learn import BlockProblem, Learned, learn_block, measu
 from afq_export.calibrate.ops import QuantizedPathOps, Records
 from afq_export.calibrate.parameters import BlockParameters
 from afq_export.calibrate.ranges import observe_ranges
-from afq_export.calibrate.result import BlockResult, Calibration, History, block_path, read_block, write_block
+from afq_export.calibrate.result import BlockResult, Calibration, block_path, read_block, write_block
 from afq_export.calibrate.start import start_parameters
 from afq_export.calibrate.statistics import input_statistics
 from afq_export.fold.folded import FoldedCheckpoint
@@ -31,6 +31,7 @@ from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.quantize.quantize import quantize_block
 from afq_export.spec.quant import linear_name
 from afq_export.spec.recipe import Recipe
+from afq_export.spec.report import History
 
 
 def calibrate(

@@ -15,10 +15,10 @@ from afq_export.arch.decoder import block, family
 from afq_export.arch.ops import Weights
 from afq_export.calibrate.ops import QuantizedPathOps, Records, block_loss, quantized_weights
 from afq_export.calibrate.parameters import BlockParameters
-from afq_export.calibrate.result import EpochRecord
 from afq_export.fold.sites import fold_block
 from afq_export.fold.transform import condition_number, dominance_margin
 from afq_export.spec.recipe import Learning
+from afq_export.spec.report import EpochRecord
 from afq_export.spec.sites import Form
 
 RETRIES = 3
@@ -85,7 +85,9 @@ def learn_block(
     return Learned(start, 0.0, learning.stability_factor, start_loss, start_loss, tuple(history), tuple(events))
 
 
-def quantized_block_weights(problem: BlockProblem, p: BlockParameters, opened: float, alpha: float) -> dict[str, Tensor]:
+def quantized_block_weights(
+    problem: BlockProblem, p: BlockParameters, opened: float, alpha: float
+) -> dict[str, Tensor]:
     """Folded, then fake-quantized weights of the block, float32, differentiable in the parameters."""
     sites = family(problem.config).fold_sites(problem.config)
     folded = fold_block(sites, p.transforms(opened, alpha), problem.weights)

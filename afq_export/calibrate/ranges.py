@@ -10,7 +10,7 @@ from torch import Tensor
 from afq_export.arch.decoder import block
 from afq_export.calibrate.learn import BlockProblem, Learned, quantized_block_weights
 from afq_export.calibrate.ops import QuantizedPathOps
-from afq_export.quantize.activations import range_grid, static_codes
+from afq_export.quantize.activations import dequantize_static, quantize_static, range_grid
 from afq_export.quantize.checkpoint import StaticRange
 
 SAMPLES = 1 << 16
@@ -38,7 +38,7 @@ class _Observer:
             return range_grid(self.low, self.high)
         x = torch.cat(self.samples)
         grids = [range_grid(self.low * shrink, self.high * shrink) for shrink in SHRINKS]
-        errors = [float(((static_codes(x, g) - g.zero_point) * g.scale - x).square().mean()) for g in grids]
+        errors = [float((dequantize_static(quantize_static(x, g), g) - x).square().mean()) for g in grids]
         return grids[int(torch.tensor(errors).argmin())]
 
 

@@ -17,32 +17,9 @@ from afq_export.files import write_beside
 from afq_export.fold.transform import SiteTransform
 from afq_export.quantize.checkpoint import StaticRange
 from afq_export.spec.quant import LinearSpec
+from afq_export.spec.report import History
 from afq_export.spec.sites import Form
 from afq_export.spec.strict import Data
-
-
-class EpochRecord(Data):
-    """One epoch of one block: mean loss, least dominance margin and largest condition number over its sites."""
-
-    epoch: int
-    loss: float
-    dominance: float
-    condition: float
-    stability_factor: float
-
-
-class History(Data):
-    """How a block's learning went. Losses are relative: squared error over the float output's mean square.
-
-    `start_loss` is that of the start values, `rounded_loss` that of no transform and no clipping (round-to-nearest),
-    `final_loss` that of what was kept. `events`: rollbacks and retries in words.
-    """
-
-    rounded_loss: float
-    start_loss: float
-    final_loss: float
-    epochs: tuple[EpochRecord, ...] = ()
-    events: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

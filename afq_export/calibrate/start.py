@@ -141,7 +141,7 @@ def _column_scales(parameters: SiteParameters) -> dict[str, Tensor]:
     if parameters.form not in (Form.DIAGONAL, Form.PER_HEAD) or site.kind is SiteKind.Q_TO_K:
         return {}
     columns = expand_columns(site, parameters.log_diagonal.detach().exp())
-    return {role: columns for role in site.consumers}
+    return dict.fromkeys(site.consumers, columns)
 
 
 def _clip_logits(

@@ -3,10 +3,10 @@
 Calibration learns through these functions in float32 and the fold stage runs the same ones in float64, so what is
 learned is what is folded. With A the matrix, s the shift (row vectors, AffineQuant eq. 2-4):
 
-    norm_to_linears  gain' = gain / a           bias' = (bias - s) / a        W' = W diag(a)     b' = b + W s
-    v_to_o           Wv'_k = A_k^-T Wv_k        bv'_k = (bv_k - s_k) A_k^-1   Wo'_h = Wo_h A_k^T  bo' = bo + sum Wo_h s_k
-    q_to_k           Wq'_h = A_k^T Wq_h         bq'_h = bq_h A_k              Wk'_k = A_k^-1 Wk_k bk'_k = bk_k A_k^-T
-    up_to_down       Wup' = diag(1/a) Wup       bup' = bup / a                Wdown' = Wdown diag(a)
+    norm_to_linears  gain' = gain / a      bias' = (bias - s) / a        W' = W diag(a)      b' = b + W s
+    v_to_o           Wv'_k = A_k^-T Wv_k   bv'_k = (bv_k - s_k) A_k^-1   Wo'_h = Wo_h A_k^T  bo' = bo + sum Wo_h s_k
+    q_to_k           Wq'_h = A_k^T Wq_h    bq'_h = bq_h A_k              Wk'_k = A_k^-1 Wk_k bk'_k = bk_k A_k^-T
+    up_to_down       Wup' = Wup / a        bup' = bup / a                Wdown' = Wdown diag(a)
 
 h runs over query heads, k = h // repeats is its KV head.
 """

@@ -47,7 +47,7 @@ class Windows:
 
 
 def read_corpus(spec: CorpusSpec, base: Path) -> Corpus:
-    """The text of `spec`, whose file is relative to `base`. Raises InputError when missing, empty or not the pinned one."""
+    """The text of `spec`, whose file is relative to `base`. Raises InputError: missing, empty, not the pinned one."""
     path = base / spec.file
     text = _read_text(path)
     if spec.sha256 and sha256_file(path) != spec.sha256:

@@ -39,7 +39,7 @@ def open_model(name: str) -> FloatCheckpoint:
         raise InputError("not a model", where=name, why="neither a folder nor a .gguf file")
     if _HUB_ID.fullmatch(name):
         return _open_folder(_download(name), name)
-    raise InputError("no such model", where=name, do="give a Hugging Face folder, a .gguf file, or a hub id owner/model")
+    raise InputError("no such model", where=name, do="give a folder, a .gguf file, or a hub id owner/model")
 
 
 def _open_folder(folder: Path, name: str) -> FloatCheckpoint:

@@ -110,7 +110,12 @@ REPORTS = ("report.json", "report.md", "README.md")
 
 
 def new_manifest(
-    model: FloatCheckpoint, recipe: Recipe, target: TargetProfile, versions: dict[str, str], seed: int, command: list[str]
+    model: FloatCheckpoint,
+    recipe: Recipe,
+    target: TargetProfile,
+    versions: dict[str, str],
+    seed: int,
+    command: list[str],
 ) -> Manifest:
     """A manifest without files yet."""
     name = Path(model.name).name if model.gguf else model.name

@@ -34,7 +34,7 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
 
 
 def write_program(checkpoint: QuantizedCheckpoint, job: Job, model: Path, vector: Tensor, progress: Progress) -> None:
-    """model.pte, and model.bpte with a test vector: the first tokens of the evaluation text and the runtime's logits."""
+    """model.pte, and model.bpte with a test vector: first tokens of the evaluation text and the runtime's logits."""
     from afq_export.lower.executorch.bundled import bundled_program
     from afq_export.lower.executorch.program import lower_program
     from afq_export.runtime.executorch import ExecutorchSession

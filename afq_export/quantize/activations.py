@@ -1,65 +1,94 @@
-"""Activations on a grid, with the arithmetic of the kernels that do it at run time.
+"""Activations on a grid, with the arithmetic of the kernels that do it at run time: the one definition that
+calibration learns against, fake quantization uses, and the integer models start from.
 
-`dynamic_grid` is XNNPACK's (ExecuTorch 1.5): float32 throughout, one grid per token row, zero always representable.
+Every operation is float32, one after the other, as XNNPACK (ExecuTorch 1.5) does it.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from torch import Tensor
 
 from afq_export.quantize.checkpoint import StaticRange
-from afq_export.spec.quant import QuantSpec
+from afq_export.spec.quant import Granularity, QuantSpec
+
+INT8 = QuantSpec(8, Granularity.PER_TOKEN, symmetric=False, dynamic=True)
 
 
-def dynamic_grid(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """`(inverse step, zero point)` [..., 1] per row of x [..., I]: code = round(x * inverse) + zero_point."""
-    low = x.amin(-1, keepdim=True).clamp_max(0.0)
-    high = x.amax(-1, keepdim=True).clamp_min(0.0)
-    levels = float(spec.qmax - spec.qmin)
-    inverse = torch.where(high > low, levels / (high - low), torch.ones_like(low))
-    from_low, from_high = spec.qmin - low * inverse, spec.qmax - high * inverse
-    # The end whose rounding error is the smaller decides, as in XNNPACK's xnn_f32_qd8_asymmetric_quantization_params.
-    error = (spec.qmin + low * inverse) + (spec.qmax + high * inverse)
-    zero = torch.where(error > 0, from_low, from_high).clamp(spec.qmin, spec.qmax).round()
-    return inverse, zero
+@dataclasses.dataclass(frozen=True)
+class TokenCodes:
+    """Activations on one grid per token: `x ~ step * (code - zero_point)`.
+
+    `codes` [..., I] and `zero_point` [..., 1] are whole numbers held in float32; `step` [..., 1] is float32.
+    """
+
+    codes: Tensor
+    zero_point: Tensor
+    step: Tensor
+
+    def dequantized(self) -> Tensor:
+        """Float32 [..., I]."""
+        return (self.codes - self.zero_point) * self.step
 
 
-def dynamic_codes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """`(codes, step, zero point)` with codes integers in float [..., I] and step = 1 / inverse [..., 1]."""
-    inverse, zero = dynamic_grid(x, spec)
-    codes = (x * inverse).round_().add_(zero).clamp_(spec.qmin, spec.qmax)
-    return codes, 1.0 / inverse, zero
+def token_grids(x: Tensor, spec: QuantSpec = INT8) -> tuple[Tensor, Tensor]:
+    """XNNPACK's grid of each token: `scale` (codes per unit) and the zero point before rounding, [..., 1].
+
+    The range always contains 0; the zero point is nudged from the end of the range that has the larger error.
+    A token whose range is below 255 / 3.4e38 has no finite scale in float32, here as in the kernel.
+    """
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    # Not `255 / range`: torch computes number / tensor as reciprocal * number, which rounds twice.
+    scale = torch.where(low == high, 1.0, torch.full_like(low, spec.qmax - spec.qmin) / (high - low))
+    from_low, from_high = low * scale, high * scale
+    low_error, high_error = spec.qmin + from_low, spec.qmax + from_high
+    zero_point = torch.where(low_error + high_error > 0, spec.qmin - from_low, spec.qmax - from_high)
+    return scale, zero_point.clamp(spec.qmin, spec.qmax)
 
 
-def static_codes(x: Tensor, grid: StaticRange, qmin: int = -128, qmax: int = 127) -> Tensor:
-    """Codes (integers in float) of x on a per-tensor grid; the step's float32 inverse multiplies, as in XNNPACK."""
-    inverse = torch.tensor(1.0, dtype=torch.float32) / torch.tensor(grid.scale, dtype=torch.float32)
-    return (x * inverse).round_().add_(grid.zero_point).clamp_(qmin, qmax)
+def quantize_tokens(x: Tensor, spec: QuantSpec = INT8) -> TokenCodes:
+    """Dynamic quantization: one asymmetric grid per token row of `x` [..., I]."""
+    scale, zero_point = token_grids(x, spec)
+    zero_point = zero_point.round()
+    codes = (x * scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
+    return TokenCodes(codes, zero_point, scale.reciprocal())
+
+
+def scaled_static(x: Tensor, grid: StaticRange) -> Tensor:
+    """`x` in steps of a stored grid, before rounding: times the float32 reciprocal of the scale, as the kernel does."""
+    return x * torch.tensor(grid.scale, dtype=torch.float32).reciprocal()
+
+
+def quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
+    """int8 codes of `x` on a stored grid, as whole float32: rounded to even at ties, saturated."""
+    return scaled_static(x, grid).round().add(grid.zero_point).clamp(INT8.qmin, INT8.qmax)
+
+
+def dequantize_static(codes: Tensor, grid: StaticRange) -> Tensor:
+    """Float32 of int8 codes on a stored grid."""
+    return (codes - grid.zero_point) * torch.tensor(grid.scale, dtype=torch.float32)
 
 
 def fake_quantize_dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
     """x on its own per-token grid; the gradient is the identity, since a dynamic range clips nothing."""
-    return _StraightThrough.apply(x, lambda v: _dequantize(*dynamic_codes(v, spec)))
+    return _StraightThrough.apply(x, lambda v: quantize_tokens(v, spec).dequantized())
 
 
 def fake_quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
     """x on a fixed grid; gradients pass inside the range only."""
-    low, high = (-128 - grid.zero_point) * grid.scale, (127 - grid.zero_point) * grid.scale
+    low, high = (INT8.qmin - grid.zero_point) * grid.scale, (INT8.qmax - grid.zero_point) * grid.scale
     clamped = x.clamp(low, high) if x.requires_grad else x
-    return _StraightThrough.apply(clamped, lambda v: (static_codes(v, grid) - grid.zero_point) * grid.scale)
+    return _StraightThrough.apply(clamped, lambda v: dequantize_static(quantize_static(v, grid), grid))
 
 
-def range_grid(low: float, high: float, qmin: int = -128, qmax: int = 127) -> StaticRange:
-    """The grid that covers [low, high] and has a code for zero."""
+def range_grid(low: float, high: float) -> StaticRange:
+    """The int8 grid that covers [low, high] and has a code for zero."""
     low, high = min(low, 0.0), max(high, 0.0)
-    scale = float(torch.tensor((high - low) / (qmax - qmin) or 1.0, dtype=torch.float32).clamp_min(2.0**-100))
-    zero = round(qmin - low / scale)
-    return StaticRange(scale, max(qmin, min(qmax, zero)))
-
-
-def _dequantize(codes: Tensor, step: Tensor, zero: Tensor) -> Tensor:
-    return codes.sub_(zero).mul_(step)
+    step = (high - low) / (INT8.qmax - INT8.qmin) or 1.0
+    scale = float(torch.tensor(step, dtype=torch.float32).clamp_min(2.0**-100))
+    return StaticRange(scale, max(INT8.qmin, min(INT8.qmax, round(INT8.qmin - low / scale))))
 
 
 class _StraightThrough(torch.autograd.Function):

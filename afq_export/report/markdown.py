@@ -22,6 +22,7 @@ def report_markdown(report: ValidationReport) -> str:
         "## Checks",
         tables.checks_table(report).markdown(),
         *_disagreements(report.agreement.disagreements),
+        *_calibration(report),
         *_coverage(report),
         *_layers(report),
     ]
@@ -67,6 +68,13 @@ def _disagreements(items: tuple[Disagreement, ...]) -> list[str]:
 
 def _reason(item: Disagreement) -> str:
     return item.reason.replace("_", " ") + (f" at {item.layer}" if item.layer else "")
+
+
+def _calibration(report: ValidationReport) -> list[str]:
+    if not report.calibration:
+        return []
+    meaning = "Squared error of each block's output over its mean square; every epoch is in report.json."
+    return ["## Calibration", meaning, tables.calibration_table(report).markdown()]
 
 
 def _coverage(report: ValidationReport) -> list[str]:

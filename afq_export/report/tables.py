@@ -83,6 +83,18 @@ def layers_table(report: ValidationReport) -> Table:
     return Table(("linear", "kernel", "runtime = model", "max steps", "SQNR dB", "note"), rows, frozenset({3, 4}))
 
 
+def calibration_table(report: ValidationReport) -> Table:
+    """One row per block: loss of rounding alone, of the start values, of what was kept; the last epoch's health."""
+    rows = []
+    for index, history in enumerate(report.calibration):
+        last = history.epochs[-1] if history.epochs else None
+        losses = (history.rounded_loss, history.start_loss, history.final_loss)
+        health = (number(last and last.dominance, ".3f"), number(last and last.condition, ".1f"))
+        rows.append((str(index), *(f"{loss:.2e}" for loss in losses), *health, "; ".join(history.events)))
+    header = ("block", "rounded", "start", "kept", "dominance", "condition", "events")
+    return Table(header, tuple(rows), frozenset(range(6)))
+
+
 def kernels_table(report: ValidationReport) -> Table:
     """Kernels and how many linears each runs."""
     kernels = [lowered.kernel for lowered in report.coverage.lowered]

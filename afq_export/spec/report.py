@@ -157,6 +157,30 @@ class Cost(Data):
     peak_rss_mb: float | None = None
 
 
+class EpochRecord(Data):
+    """One epoch of one block: mean loss, least dominance margin and largest condition number over its sites."""
+
+    epoch: int
+    loss: float
+    dominance: float
+    condition: float
+    stability_factor: float
+
+
+class History(Data):
+    """How a block's calibration went. Losses are relative: squared error over the float output's mean square.
+
+    `start_loss` is that of the start values, `rounded_loss` that of no transform and no clipping (round-to-nearest),
+    `final_loss` that of what was kept. `events`: rollbacks and retries in words.
+    """
+
+    rounded_loss: float
+    start_loss: float
+    final_loss: float
+    epochs: tuple[EpochRecord, ...] = ()
+    events: tuple[str, ...] = ()
+
+
 class Artifact(Data):
     """The exported file."""
 
@@ -192,6 +216,8 @@ class ValidationReport(Data, kw_only=True):
     cost: Cost
     artifact: Artifact | None
     checks: tuple[Check, ...]
+    calibration: tuple[History, ...] = ()
+    """Per block, in order; empty when the calibration is not at hand."""
 
 
 class ManifestModel(Data):

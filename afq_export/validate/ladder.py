@@ -59,6 +59,7 @@ class Subject:
     coverage: spec.Coverage = dataclasses.field(default_factory=spec.Coverage)
     cost: spec.Cost = dataclasses.field(default_factory=spec.Cost)
     artifact: spec.Artifact | None = None
+    calibration: tuple[spec.History, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,7 @@ def validate(
         cost=subject.cost,
         artifact=subject.artifact,
         checks=ordered,
+        calibration=subject.calibration,
     )
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from afq_export.arch import decoder
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.progress import Progress, silent
+from afq_export.quantize.activations import quantize_tokens
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.quant import linear_name
 from afq_export.spec.report import LayerReport
 from afq_export.spec.target import Kernel, TargetProfile
-from afq_export.validate.integer.xnnpack import integer_linear, quantize_tokens
+from afq_export.validate.integer.xnnpack import integer_linear
 from afq_export.validate.rungs import ObservedOps, integer_rung, run_block
 
 Probe = Callable[[Sequence[QuantizedLinear], Mapping[str, np.ndarray]], dict[str, np.ndarray]]

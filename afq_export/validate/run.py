@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from afq_export.calibrate.result import Calibration
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.job import Job
 from afq_export.load.model import expected_shapes
@@ -19,7 +20,7 @@ def validate_bundle(
     job: Job,
     folder: RunFolder,
     checkpoint: QuantizedCheckpoint,
-    folded: FoldedCheckpoint,
+    calibration: Calibration,
     bundle: Bundle,
     progress: Progress,
 ) -> ValidationReport:
@@ -37,7 +38,7 @@ def validate_bundle(
         ),
         recipe=job.recipe.name,
         original=job.model,
-        folded=folded,
+        folded=FoldedCheckpoint(job.model, calibration.transforms()),
         coverage=read_coverage(checkpoint, bundle),
         cost=Cost(
             calibrate_s=folder.cost("calibrate", "seconds"),
@@ -47,6 +48,7 @@ def validate_bundle(
         artifact=Artifact(
             bytes=bundle.model.stat().st_size, sha256=bundle.manifest.files[bundle.model.name], name=bundle.model.name
         ),
+        calibration=tuple(calibration.block(index).history for index in range(calibration.layers)),
     )
     return validate(subject, executorch_runtime(bundle), progress=progress)
 

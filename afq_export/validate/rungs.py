@@ -15,16 +15,16 @@ from afq_export.arch.attention import causal_attention
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import FloatOps, Ops, Weights, activate
 from afq_export.load.checkpoint import DecoderWeights
-from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
-from afq_export.spec.target import TargetProfile
-from afq_export.validate.integer.xnnpack import (
+from afq_export.quantize.activations import (
     dequantize_static,
-    integer_linear,
     quantize_static,
     quantize_tokens,
     scaled_static,
     token_grids,
 )
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.spec.target import TargetProfile
+from afq_export.validate.integer.xnnpack import integer_linear
 
 
 class FloatParts(Protocol):

@@ -8,12 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afq_export.quantize.activations import dynamic_codes, fake_quantize_dynamic, range_grid, static_codes
+from afq_export.quantize.activations import (
+    INT8,
+    fake_quantize_dynamic,
+    quantize_static,
+    quantize_tokens,
+    range_grid,
+)
 from afq_export.quantize.checkpoint import dequantize
 from afq_export.quantize.grid import fake_quantize_weight, weight_codes, weight_scales
 from afq_export.spec.quant import Granularity, QuantSpec, ScaleType
-
-DYNAMIC = QuantSpec(8, Granularity.PER_TOKEN, symmetric=False, dynamic=True)
 
 
 def spec_of(bits: int, group: int, bf16: bool = False) -> QuantSpec:
@@ -91,21 +95,21 @@ def test_fake_quantized_weight_is_what_the_codes_say() -> None:
 @given(seed=st.integers(0, 999), scale=st.sampled_from([1e-6, 1.0, 1e6]), offset=st.sampled_from([0.0, 3.0, -3.0]))
 def test_dynamic_codes_cover_the_row_within_a_step(seed: int, scale: float, offset: float) -> None:
     x = (torch.randn(4, 33, generator=torch.Generator().manual_seed(seed)) + offset) * scale
-    codes, step, zero = dynamic_codes(x, DYNAMIC)
-    assert codes.min() >= -128 and codes.max() <= 127
-    assert torch.equal(codes, codes.round())
-    assert bool((((codes - zero) * step - x).abs() <= 1.01 * step).all())
+    tokens = quantize_tokens(x)
+    assert tokens.codes.min() >= -128 and tokens.codes.max() <= 127
+    assert torch.equal(tokens.codes, tokens.codes.round())
+    assert bool(((tokens.dequantized() - x).abs() <= 1.01 * tokens.step).all())
 
 
 def test_dynamic_gradient_is_the_identity() -> None:
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    fake_quantize_dynamic(x, DYNAMIC).sum().backward()
+    fake_quantize_dynamic(x, INT8).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
 def test_a_static_grid_has_a_code_for_zero_and_saturates() -> None:
     grid = range_grid(0.5, 4.0)
     assert grid.zero_point == -128
-    codes = static_codes(torch.tensor([0.0, 4.0, 9.0, -1.0]), grid)
+    codes = quantize_static(torch.tensor([0.0, 4.0, 9.0, -1.0]), grid)
     assert codes.tolist() == [-128, 127, 127, -128]
     assert range_grid(0.0, 0.0).scale > 0

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afq_export.errors import InputError
+from afq_export.quantize.activations import quantize_tokens
 from afq_export.quantize.checkpoint import QuantizedLinear
 from afq_export.validate.integer import xnnpack
 from afq_export.validate.integer.float32 import fma
-from afq_export.validate.integer.xnnpack import integer_linear, quantize_tokens
+from afq_export.validate.integer.xnnpack import integer_linear
 from tests.validate.tiny import KERNELS, random_linear, xnnpack_target
 
 F32 = np.float32

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afq_export.arch.attention import rope_tables
-from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.lower.executorch.compose import call_segment
 from afq_export.lower.executorch.segments import Segment
@@ -34,7 +33,8 @@ class CachedDecoder(nn.Module):
             cos_Sd, sin_Sd = rope_tables(self.config.rope, torch.arange(context))
             self.register_buffer("cos", cos_Sd)
             self.register_buffer("sin", sin_Sd)
-        self.attention = nn.ModuleList(CachedAttention(self.config, context) for _ in range(self.config.layers))
+        cache = self.config.kv_heads, self.config.head_dim, context
+        self.attention = nn.ModuleList(CachedAttention(*cache) for _ in range(self.config.layers))
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         count = tokens.shape[1]
@@ -64,9 +64,9 @@ class CachedDecoder(nn.Module):
 class CachedAttention(nn.Module):
     """One block's KV cache, float32 [1, context, K, d], and causal attention over everything in it."""
 
-    def __init__(self, config: DecoderConfig, context: int) -> None:
+    def __init__(self, kv_heads: int, head_dim: int, context: int) -> None:
         super().__init__()
-        shape = (1, context, config.kv_heads, config.head_dim)
+        shape = (1, context, kv_heads, head_dim)
         self.register_buffer("keys", torch.zeros(shape))
         self.register_buffer("values", torch.zeros(shape))
 

@@ -1,7 +1,8 @@
 """The program's own float operators, run alone: what stands between the integer linears, to the last bit.
 
 Norms and the MLP's nonlinearity are XNNPACK delegates written by the same functions as the program's; attention is the
-custom operator that the program calls. Elementwise products and sums are IEEE float32 everywhere.
+custom operator that the program calls, on a cache of the same size. Elementwise products and sums are IEEE float32
+everywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.lower.executorch.compose import call_segment, export_program
+from afq_export.lower.executorch.decoder import CachedAttention
 from afq_export.lower.executorch.graph import XnnGraph
 from afq_export.lower.executorch.operand import Operand, activate
 from afq_export.lower.executorch.segments import Segment, XnnOps
@@ -31,6 +33,7 @@ class ExecutorchFloatParts:
     def __init__(self, context: int, prefill: int) -> None:
         self.context, self.prefill = context, prefill
         self._programs: dict[tuple[str, int], Callable[[Tensor], Tensor]] = {}
+        self._attention: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def norm(self, config: DecoderConfig, weights: Mapping[str, Tensor], role: str, x: Tensor) -> Tensor:
         bare = XnnOps(config, {}, {}, {})
@@ -46,14 +49,11 @@ class ExecutorchFloatParts:
 
     def _attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         """One sequence, in the calls that a session makes of it."""
-        tokens = len(q_THd)
-        keys, values = (torch.zeros(1, self.context, *t.shape[1:]) for t in (k_TKd, v_TKd))
-        keys[0, :tokens], values[0, :tokens] = k_TKd, v_TKd
-        calls = [
-            torch.ops.llama.custom_sdpa(part[None].contiguous(), keys, values, start, None, 0.0, True)[0]
-            for start, part in zip(range(0, tokens, self.prefill), q_THd.split(self.prefill), strict=True)
-        ]
-        return torch.cat(calls)
+        if self._attention is None:
+            heads = q_THd.shape[1], k_TKd.shape[1]
+            self._attention = _compile_attention(*heads, q_THd.shape[2], self.context, self.prefill)
+        calls = zip(*(tensor.split(self.prefill) for tensor in (q_THd, k_TKd, v_TKd)), strict=True)
+        return torch.cat([self._attention(index * self.prefill, *call) for index, call in enumerate(calls)])
 
     def _run(self, what: str, write: Callable[[Operand], Operand], x: Tensor) -> Tensor:
         """An operator over the last dimension of `x`; one program per width."""
@@ -80,6 +80,39 @@ def _compile(write: Callable[[Operand], Operand], width: int) -> Callable[[Tenso
         return module.forward([x[None].contiguous()])[0][0].clone()
 
     return run
+
+
+def _compile_attention(
+    heads: int, kv_heads: int, head_dim: int, context: int, prefill: int
+) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """A program of one block's cache and attention: start, q [T, H, d], k and v [T, K, d] to [T, H, d]."""
+    module = _Attention(CachedAttention(kv_heads, head_dim, context), context)
+    query, key = (torch.zeros(1, 2, count, head_dim) for count in (heads, kv_heads))
+    tokens = torch.export.Dim("tokens", min=1, max=prefill)
+    shapes = {"q": {1: tokens}, "k": {1: tokens}, "v": {1: tokens}, "position": None}
+    example = (query, key, key.clone(), torch.zeros(1, dtype=torch.int64))
+    buffer = export_program(module, example, [], dynamic_shapes=shapes).buffer
+    loaded = portable_lib._load_for_executorch_from_buffer(buffer)
+
+    def attend(start: int, q: Tensor, k: Tensor, v: Tensor, _keep: bytes = buffer) -> Tensor:
+        inputs = [tensor[None].contiguous() for tensor in (q, k, v)]
+        return loaded.forward([*inputs, torch.tensor([start])])[0][0].clone()
+
+    return attend
+
+
+class _Attention(nn.Module):
+    """One block's attention and nothing else."""
+
+    def __init__(self, cached: CachedAttention, context: int) -> None:
+        super().__init__()
+        self.cached, self.context = cached, context
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor) -> Tensor:
+        start = position[0].item()
+        torch._check(start >= 0)
+        torch._check(start + q.shape[1] <= self.context)
+        return self.cached(q, k, v, start)
 
 
 class _Part(nn.Module):

@@ -17,13 +17,13 @@ adds its groups in float32 is that of x86 with AVX512-VNNI; the integers and sca
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from afq_export.errors import InputError
+from afq_export.quantize.activations import dequantize_static, quantize_static, quantize_tokens
 from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
 from afq_export.validate.integer.float32 import fma
 
@@ -31,60 +31,6 @@ QMIN, QMAX = -128, 127
 INT32_MAX = 2**31 - 1
 GROUP_TOKENS = 64
 """Tokens that the per-group model takes at a time, so that the running sums stay in the cache."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenCodes:
-    """Activations on an int8 grid: `x ~ step * (code - zero_point)`.
-
-    `codes` [T, I] and `zero_point` [T, 1] are whole numbers held in float32; `step` [T, 1] is float32.
-    """
-
-    codes: Tensor
-    zero_point: Tensor
-    step: Tensor
-
-    def dequantized(self) -> Tensor:
-        """Float32 [T, I]."""
-        return (self.codes - self.zero_point) * self.step
-
-
-def token_grids(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """XNNPACK's grid of each token, in float32: `scale` (codes per unit) and the zero point before rounding, [T, 1].
-
-    The range always contains 0; the zero point is nudged from the end of the range that has the larger error.
-    A token whose range is below 255 / 3.4e38 has no finite scale in float32, here as in the kernel.
-    """
-    low, high = x_TI.amin(-1, keepdim=True).clamp(max=0), x_TI.amax(-1, keepdim=True).clamp(min=0)
-    # Not `255 / range`: torch computes number / tensor as reciprocal * number, which rounds twice.
-    scale = torch.where(low == high, 1.0, torch.full_like(low, QMAX - QMIN) / (high - low))
-    from_low, from_high = low * scale, high * scale
-    low_error, high_error = QMIN + from_low, QMAX + from_high
-    zero_point = torch.where(low_error + high_error > 0, QMIN - from_low, QMAX - from_high)
-    return scale, zero_point.clamp(QMIN, QMAX)
-
-
-def quantize_tokens(x_TI: Tensor) -> TokenCodes:
-    """XNNPACK's dynamic quantization: one asymmetric int8 grid per token, every operation in float32."""
-    scale, zero_point = token_grids(x_TI)
-    zero_point = zero_point.round()
-    codes = ((x_TI * scale).round() + zero_point).clamp(QMIN, QMAX)
-    return TokenCodes(codes, zero_point, scale.reciprocal())
-
-
-def scaled_static(x: Tensor, grid: StaticRange) -> Tensor:
-    """`x` in steps of a stored grid, before rounding: times the float32 reciprocal of the scale, as the kernel does."""
-    return x * torch.tensor(grid.scale, dtype=torch.float32).reciprocal()
-
-
-def quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
-    """int8 codes of `x` on a stored grid, as whole float32: rounded to even at ties, saturated."""
-    return (scaled_static(x, grid).round() + grid.zero_point).clamp(QMIN, QMAX)
-
-
-def dequantize_static(codes: Tensor, grid: StaticRange) -> Tensor:
-    """Float32 of int8 codes on a stored grid."""
-    return (codes - grid.zero_point) * torch.tensor(grid.scale, dtype=torch.float32)
 
 
 def dynamic_per_channel(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
