@@ -16,7 +16,7 @@ from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, embed, family
 from afq_export.arch.ops import FloatOps, Weights
 from afq_export.calibrate.learn import BlockProblem, Learned, learn_block, measure
-from afq_export.calibrate.ops import QuantizedPathOps, Records
+from afq_export.calibrate.ops import QuantizedPathOps, Records, token_weights
 from afq_export.calibrate.parameters import BlockParameters
 from afq_export.calibrate.ranges import observe_ranges
 from afq_export.calibrate.result import BlockResult, Calibration, block_path, read_block, write_block
@@ -63,8 +63,8 @@ def calibrate(
         progress("calibrate", index, config.layers)
         if not path.exists():
             targets = _targets(config, weights, x_float, x_quant, y_float, recipe)
-            power = float(y_float.square().mean())
-            problem = BlockProblem(config, weights, of_block, x_quant, targets, power)
+            importance = token_weights(y_float, recipe.learning.loss)
+            problem = BlockProblem(config, weights, of_block, x_quant, targets, importance)
             result = _learn(problem, choices, recipe, seed + index, index, config.layers, progress)
             write_block(path, result)
         x_quant = _quantized_output(folded, read_block(path), records, index, x_quant, recipe.learning.batch)

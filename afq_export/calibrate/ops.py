@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
@@ -52,9 +51,18 @@ def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Rec
     return new
 
 
-def block_loss(y: Tensor, targets: tuple[Tensor, ...]) -> Tensor:
-    """Mean squared error to every target, added (AffineQuant, eq. 4; two targets: the augmented loss)."""
-    return sum((F.mse_loss(y.float(), target) for target in targets), torch.zeros(()))
+def block_loss(y_BTD: Tensor, targets: tuple[Tensor, ...], weights_BT1: Tensor) -> Tensor:
+    """Weighted squared error to every target, averaged (AffineQuant, eq. 4; two targets: the augmented loss)."""
+    y = y_BTD.float()
+    return sum(((y - target).square() * weights_BT1).mean() for target in targets) / len(targets)
+
+
+def token_weights(y_NTD: Tensor, loss: Literal["mse", "relative"]) -> Tensor:
+    """Weights [N, T, 1] that make the loss relative: to the mean square of all outputs (the paper's loss, scaled), or
+    of each token's own. A few tokens of a Llama have outputs a thousand times the others' (arXiv 2402.17762), which the
+    next norm divides away again; the plain mean sees little else."""
+    power = y_NTD.square().mean(-1, keepdim=True)
+    return 1 / power.clamp_min(1e-12) if loss == "relative" else (1 / power.mean()).expand_as(power)
 
 
 def _seen(x: Tensor) -> StaticRange:

@@ -72,8 +72,9 @@ class Learning(Data):
     `epochs` 0: nothing is learned, the start values stand. `batch` is windows a step. `stability_factor` is alpha of
     the gradual mask: it damps all off-diagonal entries. `clipping` shrinks the weight ranges: `search` takes the factor
     with the least error weighted by the inputs' energy, `learn` starts there and learns it with the transforms (LWC).
-    `augmented_loss` adds the distance to the float block on the quantized path's own input. `schedule` is the learning
-    rate's course. `autocast` is the precision of the matmuls while learning; results are always measured in float32.
+    `augmented_loss` adds the distance to the float block on the quantized path's own input. `schedule` is the course of
+    the learning rates. `loss` is relative to each token's own size, or the paper's plain `mse`. `autocast` is the
+    precision of the matmuls while learning; results are always measured in float32.
     """
 
     epochs: Annotated[int, Meta(ge=0)] = 0
@@ -85,6 +86,7 @@ class Learning(Data):
     clipping: Literal["off", "search", "learn"] = "learn"
     augmented_loss: bool = True
     schedule: Literal["constant", "cosine"] = "cosine"
+    loss: Literal["relative", "mse"] = "relative"
     autocast: Literal["float32", "bfloat16"] = "float32"
 
 

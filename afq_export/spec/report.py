@@ -168,7 +168,8 @@ class EpochRecord(Data):
 
 
 class History(Data):
-    """How a block's calibration went. Losses are relative: squared error over the float output's mean square.
+    """How a block's calibration went. Losses are relative: squared error over the mean square of the float output, of
+    each token or of all (`learning.loss`).
 
     `start_loss` is that of the start values, `rounded_loss` that of no transform and no clipping (round-to-nearest),
     `final_loss` that of what was kept. `events`: rollbacks and retries in words.

