@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from afq_export.errors import InputError
+
+PART = ".part"
+"""Ends the name of what is not whole yet; a dot begins it."""
+
+FULL = os.strerror(errno.ENOSPC)
+"""What safetensors and tokenizers say in exceptions of their own, which are no OSError, when the disk is full."""
 
 
 def sha256_file(path: Path) -> str:
@@ -32,13 +39,12 @@ def write_beside(path: Path) -> Iterator[Path]:
 
     Raises InputError, and leaves what was at `path`, when the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise write_failed(path, error) from error
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -46,26 +52,29 @@ def write_beside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
-    """A new folder next to `path`, put in its place when the body ends well (an older one is replaced)."""
-    try:
+    """A new folder next to `path`, put in its place when the body ends well (an older one is replaced).
+
+    Raises InputError, and leaves what was at `path`, when the disk is full or the folder cannot be written.
+    """
+    with _write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    except OSError as error:
-        raise write_failed(path, error) from error
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
     try:
-        temporary.chmod(0o755)
-        yield temporary
-        if path.exists():
-            old = temporary.with_suffix(".old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
-    except OSError as error:
-        raise write_failed(path, error) from error
+        with _write_errors(path):
+            temporary.chmod(0o755)
+            yield temporary
+            _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed process left half-written in `folder`."""
+    for leftover in sorted(folder.glob(f".*{PART}")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,8 +88,31 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
-def write_failed(path: Path, error: OSError) -> InputError:
-    """The one line for a failed write."""
-    return InputError(
-        "cannot write", where=str(path), why=error.strerror or str(error), do="free space or name another folder"
-    )
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Renames the folder `temporary` to `path`, whatever stood there."""
+    if path.exists():
+        old = temporary.with_name(f".{path.name}.old{PART}")
+        os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    """Failed writes as the one line that they are: InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise _write_failed(path, error.strerror or str(error)) from error
+    except Exception as error:
+        if FULL not in str(error):
+            raise
+        raise _write_failed(path, FULL) from error
+
+
+def _write_failed(path: Path, why: str) -> InputError:
+    return InputError("cannot write", where=str(path), why=why, do="free space or name another folder")

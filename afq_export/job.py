@@ -19,10 +19,12 @@ from afq_export.load.corpus import Corpus, Windows, cut_windows, read_corpus, re
 from afq_export.load.model import open_model
 from afq_export.load.tiny import tiny_copy
 from afq_export.load.tokenizer import open_tokenizer, tokenizer_digest
+from afq_export.machine import default_threads
 from afq_export.quantize.assign import assign
 from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.spec.catalog import demo_model, load_corpus, load_recipe, load_target
 from afq_export.spec.recipe import Recipe
+from afq_export.spec.request import Request
 from afq_export.spec.target import TargetProfile
 
 DEMO_CALIBRATION, DEMO_EVALUATION = "demo-calibration", "demo-evaluation"
@@ -33,27 +35,9 @@ TINY_CHANGES = (
     "learning.batch=2",
 )
 TINY_WINDOWS = 2
+USUAL_LENGTH, TINY_LENGTH = 512, 64
+"""Tokens of an evaluation window."""
 VERSIONED = ("afq-export", "torch", "transformers", "executorch", "torchao", "onnxruntime", "safetensors")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What the user asked for. None: the default (the demo model, the target's recipe, the demo corpora).
-
-    `eval_windows` None: 40 evenly spaced windows; 0: all. `window`: tokens of an evaluation window.
-    """
-
-    target: str = "android-xnnpack"
-    model: str | None = None
-    recipe: str | None = None
-    changes: tuple[str, ...] = ()
-    calib: str | None = None
-    eval: str | None = None
-    out: str | None = None
-    seed: int = 0
-    tiny: bool = False
-    window: int | None = None
-    eval_windows: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +54,7 @@ class Job:
     calibration: Windows
     evaluation: Windows
     out: Path
+    threads: int
     defaults: tuple[str, ...]
 
     @property
@@ -79,7 +64,7 @@ class Job:
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that the artifact's bytes depend on, flat, so that a difference can be named."""
-        facts = {"weights": self.model.digest, "seed": str(self.request.seed)}
+        facts = {"weights": self.model.digest, "seed": str(self.request.seed), "threads": str(self.threads)}
         facts |= _flat("recipe", msgspec.to_builtins(self.recipe))
         facts |= _flat("target", msgspec.to_builtins(self.target))
         facts |= {f"version.{name}": number for name, number in versions().items()}
@@ -101,14 +86,17 @@ def resolve(request: Request) -> Job:
     refuse_overlap(calibration, evaluation)
     digest = tokenizer_digest(tokenizer)
     length = min(recipe.samples.length, model.config.max_positions)
-    window = _window(request, model, target)
-    count = TINY_WINDOWS if request.tiny else {None: 40, 0: None}.get(request.eval_windows, request.eval_windows)
+    limit = min(target.shapes.context, model.config.max_positions)
+    window = window_length(request.window, limit, TINY_LENGTH if request.tiny else USUAL_LENGTH)
+    count = {None: TINY_WINDOWS if request.tiny else 40, 0: None}.get(request.eval_windows, request.eval_windows)
     if request.recipe is None:
         defaults += (f"recipe {recipe.name} (the target's default)",)
     if request.calib is None:
         defaults += ("calibration on the demo corpus",)
     if request.eval is None:
         defaults += ("evaluation on the demo corpus",)
+    if request.out is None:
+        defaults += (f"run folder {_default_out(model, target, recipe)}",)
     return Job(
         request=request,
         model=model,
@@ -120,6 +108,7 @@ def resolve(request: Request) -> Job:
         calibration=cut_windows(calibration, tokenizer, digest, length, recipe.samples.windows),
         evaluation=cut_windows(evaluation, tokenizer, digest, window, count),
         out=Path(request.out or _default_out(model, target, recipe)),
+        threads=request.threads or default_threads(),
         defaults=defaults,
     )
 
@@ -128,6 +117,15 @@ def open_corpus(name: str) -> Corpus:
     """The corpus called `name`: shipped, a corpus TOML, or a text file."""
     found = load_corpus(name)
     return read_text_corpus(found) if isinstance(found, Path) else read_corpus(*found)
+
+
+def window_length(asked: int | None, limit: int, usual: int = USUAL_LENGTH) -> int:
+    """Tokens of an evaluation window: `asked`, else `usual` or what fits. Raises InputError beyond 2 to `limit`."""
+    if asked is None:
+        return min(usual, limit)
+    if not 2 <= asked <= limit:
+        raise InputError("window does not fit", where=f"--window {asked}", why=f"2 to {limit} tokens fit here")
+    return asked
 
 
 def check_tools(target: TargetProfile) -> None:
@@ -164,16 +162,6 @@ def _model(request: Request) -> tuple[FloatCheckpoint, tuple[str, ...]]:
 
 def _corpora(request: Request) -> tuple[Corpus, Corpus]:
     return open_corpus(request.calib or DEMO_CALIBRATION), open_corpus(request.eval or DEMO_EVALUATION)
-
-
-def _window(request: Request, model: FloatCheckpoint, target: TargetProfile) -> int:
-    """Tokens of an evaluation window: what was asked for, else 512 or what the program's context holds."""
-    limit = min(target.shapes.context, model.config.max_positions)
-    if request.window is None:
-        return 64 if request.tiny else min(512, limit)
-    if not 2 <= request.window <= limit:
-        raise InputError("window does not fit", where=f"--window {request.window}", why=f"2 to {limit} tokens fit here")
-    return request.window
 
 
 def _default_out(model: FloatCheckpoint, target: TargetProfile, recipe: Recipe) -> str:

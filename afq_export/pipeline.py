@@ -15,6 +15,7 @@ other inputs is refused (runfolder.py).
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from afq_export.calibrate.calibrate import calibrate
 from afq_export.calibrate.result import Calibration, block_path
@@ -23,6 +24,7 @@ from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.job import Job, versions
 from afq_export.lower.bundle import Bundle, open_bundle, seal
 from afq_export.lower.lower import lower
+from afq_export.machine import settle
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
 from afq_export.quantize.quantize import quantize
@@ -52,8 +54,12 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Outcome:
 
 
 def open_folder(job: Job, *, fresh: bool = False) -> RunFolder:
-    """The job's run folder. Raises InputError when it belongs to other inputs or cannot be written."""
-    request = dataclasses.asdict(job.request) | {"model_name": job.model.name}
+    """The job's run folder, and torch set as its fingerprint says.
+
+    Raises InputError when the folder belongs to other inputs or cannot be written.
+    """
+    settle(job.threads)
+    request = dataclasses.asdict(job.request) | {"model_name": job.model.name, "cwd": str(Path.cwd())}
     return prepare(job.out, job.fingerprint(), request, fresh)
 
 
@@ -107,8 +113,7 @@ def run_validate(
     if bundle.manifest.model.digest != job.model.digest:
         raise InputError("the bundle is of another model", where=str(bundle.folder), why=bundle.manifest.model.name)
     with folder.stage("validate"):
-        folded = FoldedCheckpoint(job.model, calibration.transforms())
-        report = validate_bundle(job, folder, checkpoint, folded, bundle, progress)
+        report = validate_bundle(job, folder, checkpoint, calibration, bundle, progress)
     write_reports(bundle.folder, report)
     seal(bundle.folder, bundle.manifest)
     return report

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from afq_export.errors import InputError
-from afq_export.files import write_json, write_text
+from afq_export.files import sweep, write_json, write_text
+
+IGNORE_ALL = "*\n"
+"""The run folder's .gitignore: what is made there is not for a repository."""
 
 SHOWN = 3
 """Differences between two fingerprints that an error names."""
@@ -61,39 +64,67 @@ class RunFolder:
         start = time.monotonic()
         try:
             yield
-        finally:
-            data = self.read()
-            old = data["cost"].get(name, {"seconds": 0.0, "peak_rss_mb": 0.0})
-            data["cost"][name] = {
-                "seconds": round(old["seconds"] + time.monotonic() - start, 2),
-                "peak_rss_mb": max(old["peak_rss_mb"], peak_rss_mb()),
-            }
-            write_json(self.path / "run.json", data)
+        except BaseException:
+            with contextlib.suppress(InputError):  # on a full disk, what the body says is what counts
+                self._add_cost(name, time.monotonic() - start)
+            raise
+        self._add_cost(name, time.monotonic() - start)
+
+    def _add_cost(self, stage: str, seconds: float) -> None:
+        data = self.read()
+        old = data["cost"].get(stage, {"seconds": 0.0, "peak_rss_mb": 0.0})
+        data["cost"][stage] = {
+            "seconds": round(old["seconds"] + seconds, 2),
+            "peak_rss_mb": max(old["peak_rss_mb"], peak_rss_mb()),
+        }
+        write_json(self.path / "run.json", data)
 
 
 def prepare(path: Path, fingerprint: dict[str, str], request: dict[str, Any], fresh: bool) -> RunFolder:
     """The run folder at `path` for these inputs: a new one, or one with the same fingerprint to go on with.
 
-    `fresh` removes what is there. Raises InputError when the folder holds something else, naming what differs.
+    What a killed process left half-written is removed, and with `fresh` what an earlier run made; nothing else ever is.
+    Raises InputError when the folder holds something else, naming what differs.
     """
     folder = RunFolder(path)
-    if fresh and (path / "run.json").exists():
-        shutil.rmtree(path)
-    if (path / "run.json").exists():
-        data = folder.read()
-        refuse_difference(data.get("fingerprint", {}), fingerprint, path)
-        write_json(path / "run.json", data | {"request": request})
+    if not (path / "run.json").exists():
+        _refuse_other_content(path)
+        write_text(path / ".gitignore", IGNORE_ALL)
+        write_json(path / "run.json", _new(fingerprint, request))
         return folder
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(
-            "the output folder is not empty",
-            where=str(path),
-            why="it holds no run of this program",
-            do="name another folder with --out",
-        )
-    write_text(path / ".gitignore", "*\n")
-    write_json(path / "run.json", {"fingerprint": fingerprint, "request": request, "cost": {}})
+    for place in (path, folder.calibration, folder.bundle):
+        sweep(place)
+    if fresh:
+        for made in (folder.bundle, folder.quantized, folder.calibration):
+            shutil.rmtree(made, ignore_errors=True)
+        write_json(path / "run.json", _new(fingerprint, request))
+        return folder
+    data = folder.read()
+    refuse_difference(data.get("fingerprint", {}), fingerprint, path)
+    write_json(path / "run.json", data | {"request": request})
     return folder
+
+
+def _new(fingerprint: dict[str, str], request: dict[str, Any]) -> dict[str, Any]:
+    """run.json before the first stage."""
+    return {"fingerprint": fingerprint, "request": request, "cost": {}}
+
+
+def _refuse_other_content(path: Path) -> None:
+    """Raises InputError unless `path` is free: not there, empty, or left by a run that was stopped in its first moment."""
+    if not path.exists():
+        return
+    if path.is_dir():
+        sweep(path)
+        left = {entry.name: entry for entry in path.iterdir()}
+        if not left or (left.keys() == {".gitignore"} and left[".gitignore"].read_bytes() == IGNORE_ALL.encode()):
+            return
+    raise InputError(
+        "the output folder is not empty",
+        where=str(path),
+        why="it holds no run of this program",
+        do="name another folder with --out",
+    )
 
 
 def refuse_difference(old: dict[str, str], new: dict[str, str], path: Path) -> None:

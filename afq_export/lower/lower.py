@@ -25,7 +25,7 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
     """
     with folder_beside(folder) as part:
         model = part / MODEL_FILES[job.target.runtime]
-        write_program(checkpoint, job, model, job.evaluation.ids_NT[0, :VECTOR_TOKENS], progress)
+        write_program(checkpoint, job, model, job.calibration.ids_NT[0, :VECTOR_TOKENS], progress)
         save_model_files(job.model, job.tokenizer, part)
         describe(job.recipe, job.target, part)
         command = command_line(job)
@@ -34,7 +34,7 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
 
 
 def write_program(checkpoint: QuantizedCheckpoint, job: Job, model: Path, vector: Tensor, progress: Progress) -> None:
-    """model.pte, and model.bpte with a test vector: first tokens of the evaluation text and the runtime's logits."""
+    """model.pte, and model.bpte with a test vector: first tokens of the calibration text and the runtime's logits."""
     from afq_export.lower.executorch.bundled import bundled_program
     from afq_export.lower.executorch.program import lower_program
     from afq_export.runtime.executorch import ExecutorchSession

@@ -1,0 +1,5 @@
+"""`python -m afq_export`."""
+
+from afq_export.cli import main
+
+main()

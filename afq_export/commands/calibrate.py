@@ -1,0 +1,21 @@
+"""`afq-export calibrate`."""
+
+from __future__ import annotations
+
+from afq_export.commands.options import Fresh, Json, takes_request
+from afq_export.spec.request import Request
+from afq_export.terminal import emit, note, progress
+
+
+@takes_request
+def command(request: Request, fresh: Fresh = False, as_json: Json = False) -> None:
+    """Learn transforms, clipping and ranges, block by block, into the run folder."""
+    from afq_export.commands import stages
+    from afq_export.pipeline import run_calibrate
+
+    job, folder = stages.start(request, fresh)
+    with progress() as tick:
+        calibration = run_calibrate(job, folder, tick)
+    histories = [calibration.block(index).history for index in range(calibration.layers)]
+    emit(stages.losses_table(calibration).text(), {"folder": str(folder.calibration), "blocks": histories}, as_json)
+    note(f"next: {stages.next_stage('quantize')}")

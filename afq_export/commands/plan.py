@@ -1,0 +1,78 @@
+"""`afq-export plan`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from afq_export.commands.options import Json, takes_request
+from afq_export.spec.request import Request
+from afq_export.terminal import duration, emit
+
+if TYPE_CHECKING:
+    from afq_export.plan import Plan
+
+
+@takes_request
+def command(request: Request, as_json: Json = False) -> None:
+    """What `run` with the same options would do: transforms, kernels, size, memory and time. Does none of it."""
+    from afq_export.commands.stages import say_defaults
+    from afq_export.job import resolve
+    from afq_export.machine import measured_gflops, settle
+    from afq_export.plan import plan
+
+    job = resolve(request)
+    say_defaults(job)
+    settle(job.threads)
+    made = plan(job, measured_gflops())
+    emit(_text(made), made, as_json)
+
+
+def _text(plan: Plan) -> str:
+    from afq_export.report.layers import groups_text
+    from afq_export.report.tables import size_mb
+
+    size, memory, time = plan.size, plan.memory, plan.time
+    parts = f"blocks {size_mb(size.linears)}, head {size_mb(size.head)}, embedding {size_mb(size.embedding)}"
+    facts = {
+        "model": f"{plan.model}, {plan.parameters:,} parameters, {plan.blocks} blocks of width {plan.hidden}",
+        "recipe": plan.recipe,
+        "target": plan.target,
+        "calibration": plan.calibration,
+        "evaluation": plan.evaluation,
+        "embedding": plan.embedding,
+        "run folder": plan.out,
+    }
+    estimates = {
+        "model.pte": f"{size_mb(size.total)} ({parts})",
+        "memory": f"about {memory.calibrate:.0f} MB to calibrate, {memory.lower:.0f} MB to lower",
+        "time": f"about {duration(time.calibrate)} to calibrate, {duration(time.lower)} to lower, "
+        f"{duration(time.validate)} to validate, at the {time.gflops:.0f} GFLOP/s measured just now",
+    }
+    sections = (_aligned(facts), _sites(plan), groups_text(plan.layers), "Estimates:", _aligned(estimates))
+    return "\n\n".join(sections)
+
+
+def _sites(plan: Plan) -> str:
+    """One row per site; below, once each, why there is no other form."""
+    from afq_export.report.tables import Table
+
+    rows, reasons = [], {}
+    for site in plan.sites:
+        between = f"{', '.join(site.producers)} -> {', '.join(site.consumers)}"
+        rows.append((site.name, between, site.form or "none", "yes" if site.shift else "no"))
+        refused = {"transform": site.reason} if site.reason else {}
+        for form, why in (refused | site.refused).items():
+            reasons.setdefault(why, {}).setdefault(f"no {form}", []).append(site.name)
+    lines = [f"{_where(found)}: {why}" for why, found in reasons.items()]
+    return "\n".join([Table(("fold site", "between", "transform", "shift"), tuple(rows)).text(), "", *lines])
+
+
+def _where(found: dict[str, list[str]]) -> str:
+    """`no affine, no shift at up_to_down`."""
+    sites = dict.fromkeys(site for names in found.values() for site in names)
+    return f"{', '.join(found)} at {', '.join(sites)}"
+
+
+def _aligned(pairs: dict[str, str]) -> str:
+    width = max(map(len, pairs))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in pairs.items())

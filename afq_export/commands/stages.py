@@ -1,0 +1,55 @@
+"""What `run` and the stages alone have in common. Imports the pipeline: for use inside command bodies."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from afq_export import pipeline
+from afq_export.calibrate.result import Calibration
+from afq_export.job import Job, resolve
+from afq_export.progress import Progress
+from afq_export.quantize.checkpoint import QuantizedCheckpoint
+from afq_export.report.tables import Table, number
+from afq_export.runfolder import RunFolder
+from afq_export.spec.request import Request
+from afq_export.terminal import note
+
+
+def start(request: Request, fresh: bool) -> tuple[Job, RunFolder]:
+    """The job of `request` and its run folder; once nothing is refused, says what was taken by default."""
+    job = resolve(request)
+    folder = pipeline.open_folder(job, fresh=fresh)
+    say_defaults(job)
+    return job, folder
+
+
+def say_defaults(job: Job) -> None:
+    """Says what was taken because nothing was said."""
+    if job.defaults:
+        note(f"taken by default: {'; '.join(job.defaults)}")
+
+
+def quantized(job: Job, folder: RunFolder, progress: Progress) -> tuple[Calibration, QuantizedCheckpoint]:
+    """Everything up to the quantized checkpoint; stages whose result stands are skipped."""
+    calibration = pipeline.run_calibrate(job, folder, progress)
+    return calibration, pipeline.run_quantize(job, folder, calibration, progress)
+
+
+def next_stage(name: str) -> str:
+    """This command line with another stage's name."""
+    here = sys.argv[1] if len(sys.argv) > 1 else ""
+    rest = [argument for argument in sys.argv[2:] if argument not in ("--fresh", "--json", "--debug")]
+    options = rest if here in ("calibrate", "quantize", "lower") else []
+    return shlex.join(["afq-export", name, *options])
+
+
+def losses_table(calibration: Calibration) -> Table:
+    """Relative block losses: rounded only, at the start values, as kept."""
+    rows = []
+    for index in range(calibration.layers):
+        history = calibration.block(index).history
+        losses = (history.rounded_loss, history.start_loss, history.final_loss)
+        rows.append((str(index), *(number(loss, ".2e") for loss in losses), "; ".join(history.events)))
+    header = ("block", "round to nearest", "start", "learned", "events")
+    return Table(header, tuple(rows), frozenset(range(4)))

@@ -1,0 +1,36 @@
+"""`afq-export validate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from afq_export.commands.options import Count, Eval, Json, Threads, Window, window_count
+from afq_export.terminal import emit, progress
+
+
+def command(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A run folder, or the bundle in one.")],
+    eval: Eval = None,
+    window: Window = None,
+    windows: Count = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Climb the ladder again on a bundle as it is now: float, folded, fake-quant, integer, the file in its runtime.
+
+    Model, recipe and texts are those that the run folder names. Writes the bundle's reports anew. Exit code 1 when a
+    check failed.
+    """
+    from afq_export.paths import run_folder
+    from afq_export.report.summary import summary
+    from afq_export.revalidate import revalidate
+
+    folder = run_folder(Path(bundle))
+    count = window_count(windows)
+    with progress() as tick:
+        report = revalidate(folder, tick, eval=eval, window=window, eval_windows=count, threads=threads)
+    emit(summary(report, folder.bundle), report, as_json)
+    raise typer.Exit(0 if report.verdict == "pass" else 1)

@@ -1,0 +1,83 @@
+"""The machine: what it has, how fast it is, and the one place where torch is told how to compute on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm", "sve")
+"""Instruction sets that integer kernels choose between."""
+PROBE_SIZE = 512
+"""Rows and columns of the matrices that the speed is measured on."""
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows have no affinity
+        return os.cpu_count() or 1
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS when it says a number, else the cores."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    return int(value) if value.isdigit() and int(value) > 0 else cores()
+
+
+def memory_mb() -> float | None:
+    """Installed memory in MB, None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's name, or its architecture."""
+    return _cpuinfo().get("model name", platform.machine())
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """Those of CPU_FLAGS that the processor has (Linux only)."""
+    facts = _cpuinfo()
+    words = set(f"{facts.get('flags', '')} {facts.get('Features', '')}".split())
+    return tuple(flag for flag in CPU_FLAGS if flag in words)
+
+
+def settle(threads: int) -> None:
+    """Makes torch compute the same bits whenever it computes the same thing with `threads` threads.
+
+    Random numbers are not set here: every stage draws from a generator of its own, seeded by the job.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(False)
+
+
+def measured_gflops(seconds: float = 0.3) -> float:
+    """Float32 matmul speed of torch with its present threads, in 10^9 operations a second."""
+    import torch
+
+    a = torch.ones(PROBE_SIZE, PROBE_SIZE)
+    a @ a
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ a
+        count += 1
+    return 2 * PROBE_SIZE**3 * count / (time.perf_counter() - start) / 1e9
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the first processor in /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

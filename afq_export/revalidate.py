@@ -1,0 +1,47 @@
+"""Validation of a finished run, long after it: the job is resolved again from what run.json holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from afq_export.calibrate.result import Calibration
+from afq_export.errors import InputError
+from afq_export.job import Job, resolve
+from afq_export.lower.bundle import open_bundle
+from afq_export.machine import settle
+from afq_export.pipeline import run_validate
+from afq_export.progress import Progress
+from afq_export.quantize.checkpoint import open_checkpoint
+from afq_export.runfolder import RunFolder, refuse_difference
+from afq_export.spec.report import ValidationReport
+from afq_export.spec.request import recorded_request
+
+
+def revalidate(folder: RunFolder, progress: Progress, **changes: object) -> ValidationReport:
+    """The ladder on the bundle in `folder`; `changes` are fields of Request that replace those of the run.
+
+    Raises InputError when a file of the bundle was changed, or model, recipe, target or calibration text are no longer
+    what the run was made from. Versions and threads may differ: whether the bundle still holds is the question.
+    """
+    data = folder.read()
+    given = {key: value for key, value in changes.items() if value is not None}
+    request = dataclasses.replace(recorded_request(data.get("request", {})), **given)
+    bundle = open_bundle(folder.bundle, reports=False)
+    job = resolve(dataclasses.replace(request, out=str(folder.path)))
+    settle(job.threads)
+    _refuse_other_inputs(data.get("fingerprint", {}), job, folder)
+    checkpoint = open_checkpoint(folder.quantized)
+    calibration = Calibration(folder.calibration, job.model.config.layers)
+    return run_validate(job, folder, checkpoint, calibration, bundle, progress)
+
+
+def _refuse_other_inputs(recorded: dict[str, str], job: Job, folder: RunFolder) -> None:
+    def inputs(facts: dict[str, str]) -> dict[str, str]:
+        return {key: value for key, value in facts.items() if key != "threads" and not key.startswith("version.")}
+
+    try:
+        refuse_difference(inputs(recorded), inputs(job.fingerprint()), folder.path)
+    except InputError as error:
+        raise InputError(
+            "the bundle was made from other inputs", where=error.where, why=error.why, do="run it again"
+        ) from error
