@@ -8,12 +8,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from afq_export import terminal
+from afq_export import __version__, terminal
 from afq_export.commands import (
     calibrate,
     doctor,
@@ -143,9 +142,5 @@ def _fail(line: str, parts: dict[str, Any], code: int, as_json: bool) -> int:
 
 def _print_version(given: bool) -> None:
     if given:
-        try:
-            number = version("afq-export")
-        except PackageNotFoundError:
-            number = "(not installed)"
-        print(f"afq-export {number}")
+        print(f"afq-export {__version__}")
         raise typer.Exit

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from afq_export import __version__
 from afq_export.errors import InputError, MissingToolError
 from afq_export.fold.forms import SiteChoice, choose_forms
 from afq_export.load.checkpoint import FloatCheckpoint
@@ -37,7 +38,7 @@ TINY_CHANGES = (
 TINY_WINDOWS = 2
 USUAL_LENGTH, TINY_LENGTH = 512, 64
 """Tokens of an evaluation window."""
-VERSIONED = ("afq-export", "torch", "transformers", "executorch", "torchao", "onnxruntime", "safetensors")
+VERSIONED = ("torch", "transformers", "executorch", "torchao", "onnxruntime", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +140,7 @@ def check_tools(target: TargetProfile) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that results depend on."""
-    found = {}
+    found = {"afq-export": __version__}
     for name in VERSIONED:
         try:
             found[name] = version(name)

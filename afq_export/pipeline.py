@@ -88,9 +88,7 @@ def run_quantize(job: Job, folder: RunFolder, calibration: Calibration, progress
             "seed": job.request.seed,
             "versions": versions(),
         }
-        return quantize(
-            folded, calibration, job.records, job.recipe.embedding, folder.quantized, provenance, progress
-        )
+        return quantize(folded, calibration, job.records, job.recipe.embedding, folder.quantized, provenance, progress)
 
 
 def run_lower(job: Job, folder: RunFolder, checkpoint: QuantizedCheckpoint, progress: Progress) -> Bundle:
@@ -117,5 +115,3 @@ def run_validate(
     write_reports(bundle.folder, report)
     seal(bundle.folder, bundle.manifest)
     return report
-
-

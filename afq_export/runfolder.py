@@ -1,7 +1,7 @@
 """The run folder: what was asked, with which inputs, and what each stage has cost so far.
 
-    run.json       fingerprint of the inputs, the request, seconds and peak memory by stage
-    calibration/   one file per block          quantized/   the quantized checkpoint          bundle/   what ships
+run.json       fingerprint of the inputs, the request, seconds and peak memory by stage
+calibration/   one file per block          quantized/   the quantized checkpoint          bundle/   what ships
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _new(fingerprint: dict[str, str], request: dict[str, Any]) -> dict[str, Any]
 
 
 def _refuse_other_content(path: Path) -> None:
-    """Raises InputError unless `path` is free: not there, empty, or left by a run that was stopped in its first moment."""
+    """Raises InputError unless `path` is free: not there, empty, or left by a run stopped in its first moment."""
     if not path.exists():
         return
     if path.is_dir():

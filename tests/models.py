@@ -20,8 +20,20 @@ VOCAB = 260
 def llama_config(**changes: object) -> DecoderConfig:
     """A small Llama with grouped queries, in our own words; no file needed."""
     base = dict(
-        family="llama", model_type="llama", hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, intermediate=64,
-        vocab=VOCAB, max_positions=64, norm_eps=1e-5, activation="silu", tied=True, rope=Rope((1.0, 0.1, 0.01, 0.001)),
+        family="llama",
+        model_type="llama",
+        hidden=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        intermediate=64,
+        vocab=VOCAB,
+        max_positions=64,
+        norm_eps=1e-5,
+        activation="silu",
+        tied=True,
+        rope=Rope((1.0, 0.1, 0.01, 0.001)),
     )
     return DecoderConfig(**{**base, **changes})
 
@@ -29,22 +41,50 @@ def llama_config(**changes: object) -> DecoderConfig:
 def opt_config(**changes: object) -> DecoderConfig:
     """A small OPT with biases everywhere."""
     base = dict(
-        family="opt", model_type="opt", hidden=32, layers=2, heads=4, kv_heads=4, head_dim=8, intermediate=64,
-        vocab=VOCAB, max_positions=64, norm_eps=1e-5, activation="relu", tied=True, qkv_bias=True, out_bias=True,
-        mlp_bias=True, position_offset=2,
+        family="opt",
+        model_type="opt",
+        hidden=32,
+        layers=2,
+        heads=4,
+        kv_heads=4,
+        head_dim=8,
+        intermediate=64,
+        vocab=VOCAB,
+        max_positions=64,
+        norm_eps=1e-5,
+        activation="relu",
+        tied=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        position_offset=2,
     )
     return DecoderConfig(**{**base, **changes})
 
 
 def hf_config(kind: str):
     """The transformers configuration of a small model."""
-    common = dict(vocab_size=VOCAB, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=256,
-                  eos_token_id=257, pad_token_id=257)
+    common = dict(
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
     if kind == "opt":
-        return OPTConfig(hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
-                         num_attention_heads=4, dropout=0.0, **common)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2)
+        return OPTConfig(
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            dropout=0.0,
+            **common,
+        )
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
     return (Qwen2Config if kind == "qwen2" else LlamaConfig)(**sizes, **common)
 
 

@@ -50,9 +50,7 @@ def start_parameters(
     return BlockParameters(sites, logits, learn_clips=recipe.learning.clipping == "learn")
 
 
-def _start(
-    choice: SiteChoice, recipe: Recipe, weights: Weights, statistics: Statistics, records: Records
-) -> Tensor:
+def _start(choice: SiteChoice, recipe: Recipe, weights: Weights, statistics: Statistics, records: Records) -> Tensor:
     """The first diagonal [dim] of a site, or the order of a permutation."""
     site, transforms = choice.site, recipe.transforms
     if choice.form is Form.PERMUTATION:

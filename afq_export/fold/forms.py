@@ -37,7 +37,9 @@ def _choose(site: FoldSite, transforms: Transforms) -> SiteChoice:
         reason = site.refused.get(asked) or site.refused.get("affine") or "does not fold exactly here"
         if asked == "affine" and site.forms:
             raise InputError(
-                "transform refused", where=f"transforms.{site.kind.value} = {asked!r} at {site.name}", why=reason,
+                "transform refused",
+                where=f"transforms.{site.kind.value} = {asked!r} at {site.name}",
+                why=reason,
                 do=f"use {' or '.join(repr(form.value) for form in site.forms)}",
             )
         return SiteChoice(site, asked, None, reason=reason)

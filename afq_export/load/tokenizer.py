@@ -23,9 +23,7 @@ def open_tokenizer(checkpoint: FloatCheckpoint) -> Any:
         else:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint.files, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types on broken files
-        raise InputError(
-            "cannot read the tokenizer", where=checkpoint.name, why=str(error).split("\n")[0]
-        ) from error
+        raise InputError("cannot read the tokenizer", where=checkpoint.name, why=str(error).split("\n")[0]) from error
     if not tokenizer.is_fast:
         raise InputError("the tokenizer has no fast version", where=checkpoint.name, do="save a tokenizer.json")
     largest = max(tokenizer.get_vocab().values())

@@ -1,11 +1,11 @@
 """The bundle: the folder that ships, whole and hashed.
 
-    model.pte, model.bpte                the program; the same with test vectors
-    tokenizer.json, ..., chat_template   as the source model's
-    config.json, generation_config.json  the source model's
-    recipe.toml, target.toml             what it was made with and for
-    report.json, report.md, README.md    what was measured (written by validate)
-    manifest.json                        sha256 of every file above
+model.pte, model.bpte                the program; the same with test vectors
+tokenizer.json, ..., chat_template   as the source model's
+config.json, generation_config.json  the source model's
+recipe.toml, target.toml             what it was made with and for
+report.json, report.md, README.md    what was measured (written by validate)
+manifest.json                        sha256 of every file above
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
             raise InputError("a file of the bundle is missing", where=str(path))
         if sha256_file(path) != digest:
             raise InputError(
-                "a file of the bundle was changed", where=str(path), why="its sha256 is not the manifest's",
+                "a file of the bundle was changed",
+                where=str(path),
+                why="its sha256 is not the manifest's",
                 do="export it again",
             )
     if not any(name in manifest.files for name in MODEL_FILES.values()):

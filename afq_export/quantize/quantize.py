@@ -78,9 +78,7 @@ def quantize_block(
     return QuantizedPart(tuple(linears), floats)
 
 
-def quantize_linear(
-    record: LinearRecord, weights: Mapping[str, Tensor], clip_OG: Tensor, role: str
-) -> QuantizedLinear:
+def quantize_linear(record: LinearRecord, weights: Mapping[str, Tensor], clip_OG: Tensor, role: str) -> QuantizedLinear:
     """Codes and scales of one linear from float32 weights [O, I] and its clipping factors [O, G]."""
     weight, spec = weights[f"{role}.weight"], record.spec.weight
     scales = weight_scales(weight, clip_OG.float(), spec)

@@ -8,6 +8,12 @@ from afq_export.report import tables
 from afq_export.spec.report import ValidationReport
 
 
+def _rolled_back(report: ValidationReport) -> list[str]:
+    """The blocks whose learning diverged; report.md says how each ended."""
+    diverged = enumerate(any("rolled back" in event for event in block.events) for block in report.calibration)
+    return [f"block {index}" for index, found in diverged if found]
+
+
 def summary(report: ValidationReport, bundle: Path | None = None) -> str:
     """Verdict, perplexities, checks, and where the bundle is; no trailing newline."""
     lines = [
@@ -25,6 +31,7 @@ def summary(report: ValidationReport, bundle: Path | None = None) -> str:
         "file": tables.size_mb(report.artifact.bytes) if report.artifact else None,
         "bundle": str(bundle) if bundle else None,
         "first departure": report.first_departure,
+        "rolled back": ", ".join(_rolled_back(report)) or None,
     }
     given = {name: value for name, value in facts.items() if value}
     width = max(map(len, given))

@@ -33,10 +33,19 @@ def configs(draw: st.DrawFn) -> DecoderConfig:
 
         rope = Rope(tuple(10.0**-i for i in range(half)))
         hidden = draw(st.integers(4, 12))
-        return llama_config(heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden, rope=rope,
-                            intermediate=intermediate, qk_norm=draw(st.booleans()), **biases)
-    return opt_config(heads=heads, kv_heads=heads, head_dim=head_dim, hidden=heads * head_dim,
-                      intermediate=intermediate, **biases)
+        return llama_config(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            hidden=hidden,
+            rope=rope,
+            intermediate=intermediate,
+            qk_norm=draw(st.booleans()),
+            **biases,
+        )
+    return opt_config(
+        heads=heads, kv_heads=heads, head_dim=head_dim, hidden=heads * head_dim, intermediate=intermediate, **biases
+    )
 
 
 def random_block(config: DecoderConfig, seed: int) -> dict[str, torch.Tensor]:

@@ -37,8 +37,12 @@ def oracle_codes(weight: np.ndarray, scales: np.ndarray, spec: QuantSpec) -> np.
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
-    bits=st.integers(2, 8), group=st.sampled_from([0, 4, 8, 32]), outputs=st.integers(1, 4),
-    inputs=st.integers(1, 70), bf16=st.booleans(), seed=st.integers(0, 99),
+    bits=st.integers(2, 8),
+    group=st.sampled_from([0, 4, 8, 32]),
+    outputs=st.integers(1, 4),
+    inputs=st.integers(1, 70),
+    bf16=st.booleans(),
+    seed=st.integers(0, 99),
 )
 def test_codes_equal_the_oracle(bits: int, group: int, outputs: int, inputs: int, bf16: bool, seed: int) -> None:
     spec = spec_of(bits, group, bf16)

@@ -67,7 +67,7 @@ def test_a_change_that_cannot_be_read(change: str) -> None:
 def test_unknown_names_list_what_there_is() -> None:
     with pytest.raises(InputError, match=r"did you mean android-xnnpack\?"):
         load_target("android-xnpack")
-    with pytest.raises(InputError, match="no such method.*omniquant"):
+    with pytest.raises(InputError, match=r"no such method.*omniquant"):
         load_recipe("w4a8+omni")
 
 
