@@ -22,6 +22,7 @@ from afq_export.calibrate.result import Calibration, block_path
 from afq_export.errors import InputError
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.job import Job, versions
+from afq_export.load.tokenizer import load_folder_tokenizer, refuse_other_tokenizer
 from afq_export.lower.bundle import Bundle, open_bundle, seal
 from afq_export.lower.lower import lower
 from afq_export.machine import settle
@@ -110,6 +111,8 @@ def run_validate(
     """The validate and report stages. They always run: a report must be of the file that is there now."""
     if bundle.manifest.model.digest != job.model.digest:
         raise InputError("the bundle is of another model", where=str(bundle.folder), why=bundle.manifest.model.name)
+    shipped, where = load_folder_tokenizer(bundle.folder), str(bundle.folder / "tokenizer.json")
+    refuse_other_tokenizer(shipped, job.tokenizer, job.evaluation.ids_NT.flatten(), where)
     with folder.stage("validate"):
         report = validate_bundle(job, folder, checkpoint, calibration, bundle, progress)
     write_reports(bundle.folder, report)

@@ -76,11 +76,10 @@ def learn_block(
     for attempt in range(retries + 1 if learning.epochs else 0):
         parameters = copy.deepcopy(start)
         try:
-            records = _epochs(problem, parameters, learning, alpha, start_loss, seed, tick)
-            history += records
-            final = measure(problem, parameters, 1.0, alpha, learning.batch)
+            best = _epochs(problem, parameters, learning, alpha, start_loss, seed, tick, history)
+            final = measure(problem, parameters, best, alpha, learning.batch)
             if final <= start_loss:
-                return Learned(parameters, 1.0, alpha, start_loss, final, tuple(history), tuple(events))
+                return Learned(parameters, best, alpha, start_loss, final, tuple(history), tuple(events))
             events.append(f"nothing better than the start was learned ({final:.3e}, start {start_loss:.3e}); it stands")
             break
         except Diverged as reason:
@@ -116,16 +115,19 @@ def _epochs(
     start_loss: float,
     seed: int,
     tick: Callable[[int, int], None],
-) -> list[EpochRecord]:
-    """All epochs; raises Diverged. Parameters are changed in place."""
+    history: list[EpochRecord],
+) -> float:
+    """All epochs, each added to `history`; `parameters` become those of the best one, and how far its mask was open is
+    returned. Raises Diverged."""
     generator = torch.Generator().manual_seed(seed)
     groups = [g for g in parameters.groups(learning.learning_rate, learning.clipping_rate) if g["params"]]
     if not groups:
-        return []
+        return 1.0
+    best, kept = 1.0, copy.deepcopy(parameters.state_dict())
+    least = math.inf
     optimiser = torch.optim.AdamW(groups, weight_decay=learning.weight_decay)
     steps = math.ceil(len(problem.inputs) / learning.batch)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, _course(learning, steps * learning.epochs))
-    history = []
     for epoch in range(1, learning.epochs + 1):
         opened, total = epoch / learning.epochs, 0.0
         order = torch.randperm(len(problem.inputs), generator=generator)
@@ -136,8 +138,11 @@ def _epochs(
             total += loss * len(part) / len(order)
         history.append(_record(parameters, epoch, total, opened, alpha))
         _check(history[-1], start_loss)
+        if total < least:
+            best, kept, least = opened, copy.deepcopy(parameters.state_dict()), total
         tick(epoch, learning.epochs)
-    return history
+    parameters.load_state_dict(kept)
+    return best
 
 
 def train_step(

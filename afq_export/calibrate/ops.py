@@ -57,12 +57,16 @@ def block_loss(y_BTD: Tensor, targets: tuple[Tensor, ...], weights_BT1: Tensor) 
     return sum(((y - target).square() * weights_BT1).mean() for target in targets) / len(targets)
 
 
-def token_weights(y_NTD: Tensor, loss: Literal["mse", "relative"]) -> Tensor:
-    """Weights [N, T, 1] that make the loss relative: to the mean square of all outputs (the paper's loss, scaled), or
-    of each token's own. A few tokens of a Llama have outputs a thousand times the others' (arXiv 2402.17762), which the
-    next norm divides away again; the plain mean sees little else."""
-    power = y_NTD.square().mean(-1, keepdim=True)
-    return 1 / power.clamp_min(1e-12) if loss == "relative" else (1 / power.mean()).expand_as(power)
+def token_weights(y_NTD: Tensor, loss: Literal["balanced", "mse"]) -> Tensor:
+    """Weights [N, T, 1] that make the loss relative: 0.01 is an error of a hundredth of the output's energy.
+
+    `mse` is the paper's loss over the mean square of all outputs. A few tokens of a Llama have outputs a thousand times
+    the others' (arXiv 2402.17762) and are nearly all of that mean, yet the next norm divides every token by its own
+    size; `balanced` is the mean of that loss and of each token's error over its own mean square.
+    """
+    power = y_NTD.square().mean(-1, keepdim=True).clamp_min(1e-12)
+    overall = (1 / power.mean()).expand_as(power)
+    return overall if loss == "mse" else (overall + 1 / power) / 2
 
 
 def _seen(x: Tensor) -> StaticRange:

@@ -73,20 +73,20 @@ class Learning(Data):
     the gradual mask: it damps all off-diagonal entries. `clipping` shrinks the weight ranges: `search` takes the factor
     with the least error weighted by the inputs' energy, `learn` starts there and learns it with the transforms (LWC).
     `augmented_loss` adds the distance to the float block on the quantized path's own input. `schedule` is the course of
-    the learning rates. `loss` is relative to each token's own size, or the paper's plain `mse`. `autocast` is the
-    precision of the matmuls while learning; results are always measured in float32.
+    the learning rates. `loss` is the paper's `mse`, or `balanced` with every token's own relative error. `autocast` is
+    the precision of the matmuls while learning; results are always measured in float32.
     """
 
     epochs: Annotated[int, Meta(ge=0)] = 0
     batch: Count = 4
-    learning_rate: NonNegative = 5e-3
-    clipping_rate: NonNegative = 1e-2
+    learning_rate: NonNegative = 2e-3
+    clipping_rate: NonNegative = 5e-3
     weight_decay: NonNegative = 0.0
     stability_factor: Annotated[float, Meta(ge=0, le=1)] = 0.1
     clipping: Literal["off", "search", "learn"] = "learn"
     augmented_loss: bool = True
     schedule: Literal["constant", "cosine"] = "cosine"
-    loss: Literal["relative", "mse"] = "relative"
+    loss: Literal["balanced", "mse"] = "balanced"
     autocast: Literal["float32", "bfloat16"] = "float32"
 
 

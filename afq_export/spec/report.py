@@ -168,8 +168,8 @@ class EpochRecord(Data):
 
 
 class History(Data):
-    """How a block's calibration went. Losses are relative: squared error over the mean square of the float output, of
-    each token or of all (`learning.loss`).
+    """How a block's calibration went. Losses are relative: squared error over the mean square of the float output
+    (`learning.loss` says how tokens are weighted).
 
     `start_loss` is that of the start values, `rounded_loss` that of no transform and no clipping (round-to-nearest),
     `final_loss` that of what was kept. `events`: rollbacks and retries in words.

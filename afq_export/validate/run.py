@@ -77,9 +77,9 @@ def executorch_runtime(bundle: Bundle) -> Runtime:
 def read_coverage(checkpoint: QuantizedCheckpoint, bundle: Bundle) -> Coverage:
     """What the file holds, read back from it; raises VerdictError when it is not the checkpoint's program."""
     from afq_export.lower.executorch.coverage import coverage_of
-    from afq_export.lower.executorch.program import verify_linears
+    from afq_export.lower.executorch.program import verify_program
     from afq_export.lower.executorch.readback import read_program
 
     content = read_program(bundle.model.read_bytes())
-    verify_linears(checkpoint, content.linears)
+    verify_program(checkpoint, content)
     return coverage_of(checkpoint, content)

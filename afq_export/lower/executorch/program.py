@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,9 +11,9 @@ import torch
 from afq_export.errors import InputError, VerdictError
 from afq_export.lower.executorch.compose import export_program
 from afq_export.lower.executorch.coverage import coverage_of
-from afq_export.lower.executorch.decoder import CachedDecoder
+from afq_export.lower.executorch.decoder import CachedDecoder, TokenRows
 from afq_export.lower.executorch.metadata import metadata
-from afq_export.lower.executorch.readback import PackedLinear, read_program
+from afq_export.lower.executorch.readback import PackedLinear, ProgramContent, read_program
 from afq_export.lower.executorch.segments import Segment, linear_handles, segments
 from afq_export.lower.executorch.weights import static_bias
 from afq_export.progress import Progress
@@ -62,7 +63,7 @@ def lower_program(checkpoint: QuantizedCheckpoint, target: TargetProfile, progre
     pte = _export(CachedDecoder(checkpoint, pieces, context), pieces, prefill, values)
     del pieces
     content = read_program(pte)
-    verify_linears(checkpoint, content.linears)
+    verify_program(checkpoint, content)
     progress("lower", steps, steps)
     return LoweredProgram(pte, coverage_of(checkpoint, content), values)
 
@@ -72,6 +73,16 @@ def _export(module: CachedDecoder, pieces: list[Segment], prefill: int, values: 
     count = torch.export.Dim("tokens", min=1, max=prefill)
     shapes = {"tokens": {1: count}, "input_pos": None}
     return export_program(module, example, pieces, dynamic_shapes=shapes, metadata=values).buffer
+
+
+def verify_program(checkpoint: QuantizedCheckpoint, content: ProgramContent) -> None:
+    """Raises VerdictError naming the first linear, or else float constant, that the program lacks or holds with other
+    numbers."""
+    verify_linears(checkpoint, content.linears)
+    missing = [name for name, data in _norms(checkpoint) if data not in content.inside]
+    missing += [name for name, data in _tables(checkpoint) if not content.holds_outside(data)]
+    if missing:
+        raise VerdictError("the program is not the checkpoint", where=missing[0], why="its numbers are not there")
 
 
 def verify_linears(checkpoint: QuantizedCheckpoint, packed: list[PackedLinear]) -> None:
@@ -85,6 +96,23 @@ def verify_linears(checkpoint: QuantizedCheckpoint, packed: list[PackedLinear]) 
             raise VerdictError("the program is not the checkpoint", where=name, why=difference)
     if len(packed) != len(found) or len(found) != len(checkpoint.records):
         raise VerdictError("the program has linears of its own", why=f"{len(packed)} for {len(checkpoint.records)}")
+
+
+def _norms(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of every norm's weight and bias: the float constants of delegates."""
+    for index in range(checkpoint.config.layers):
+        for name, tensor in checkpoint.block_floats(index).items():
+            yield f"blocks.{index}.{name}", tensor.float().numpy().tobytes()
+    for name, tensor in checkpoint.head_floats().items():
+        yield name, tensor.float().numpy().tobytes()
+
+
+def _tables(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of token rows and learned positions: what is looked up outside of delegates."""
+    for name, tensor in TokenRows(checkpoint.embedding()).named_buffers():
+        yield f"embed_tokens.{name}", tensor.numpy().tobytes()
+    for name, tensor in checkpoint.embedding_floats().items():
+        yield name, tensor.float().numpy().tobytes()
 
 
 def _difference(ours: QuantizedLinear, theirs: PackedLinear) -> str:

@@ -25,6 +25,9 @@ KINDS = {
 }
 """(input type, weight type) -> what this package calls the kernel."""
 
+ALIGNMENT = 16
+"""Of constants outside of delegates."""
+
 
 @dataclasses.dataclass(frozen=True)
 class PackedLinear:
@@ -53,11 +56,19 @@ class PackedLinear:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramContent:
-    """The linears of a program in running order, its delegates, and how often it calls each operator outside them."""
+    """The linears of a program in running order, its delegates, how often it calls each operator outside them, and the
+    bytes of all constants: those of delegates, and those outside (padded with zeros, by less than ALIGNMENT)."""
 
     linears: list[PackedLinear]
     delegates: int
     calls: dict[str, int]
+    inside: frozenset[bytes] = dataclasses.field(repr=False)
+    outside: tuple[bytes, ...] = dataclasses.field(repr=False)
+
+    def holds_outside(self, data: bytes) -> bool:
+        """Whether `data` is a constant outside of delegates."""
+        same_size = (c for c in self.outside if len(data) <= len(c) < len(data) + ALIGNMENT)
+        return any(c.startswith(data) and not any(c[len(data) :]) for c in same_size)
 
 
 def read_linears(pte: bytes) -> list[PackedLinear]:
@@ -84,7 +95,9 @@ def read_program(pte: bytes) -> ProgramContent:
         raise InputError("not a program of this package", why=str(error)) from error
     calls = collections.Counter(names[call.op_index] for call in instructions if isinstance(call, KernelCall))
     delegates = sum(isinstance(call, DelegateCall) for call in instructions)
-    return ProgramContent(sorted(linears, key=lambda linear: linear.number), delegates, dict(calls))
+    outside = tuple(buffer.storage for buffer in file.program.constant_buffer)
+    linears.sort(key=lambda linear: linear.number)
+    return ProgramContent(linears, delegates, dict(calls), frozenset(constants.values()), outside)
 
 
 def _constants(file: PTEFile) -> dict[str, bytes]:
