@@ -29,7 +29,10 @@ from afq_export.commands import (
 )
 from afq_export.errors import AfqError, InputError
 
-STOPPED = "stopped; the same command continues where it stopped"
+STOPPED = "stopped"
+GOES_ON = "; the same command continues where it stopped"
+GOES_ON_WITHOUT = "; without --fresh the same command continues where it stopped"
+STAGES = ("run", "calibrate", "quantize", "lower")
 INTERNAL, INTERRUPTED, TERMINATED = 70, 130, 143
 """Exit codes: a bug (sysexits.h EX_SOFTWARE), Ctrl-C, SIGTERM."""
 
@@ -87,12 +90,19 @@ def call(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Terminated:
-        return _fail(STOPPED, {"what": STOPPED}, TERMINATED, as_json)
+        return _fail(_stopped(given), {"what": STOPPED}, TERMINATED, as_json)
     except Exception as error:
         if debug:
             traceback.print_exc()
         return _report(error, as_json)
-    return _fail(STOPPED, {"what": STOPPED}, INTERRUPTED, as_json) if code == INTERRUPTED else code
+    return _fail(_stopped(given), {"what": STOPPED}, INTERRUPTED, as_json) if code == INTERRUPTED else code
+
+
+def _stopped(arguments: Sequence[str]) -> str:
+    """The line for a command that was stopped, with what to do where something is kept."""
+    if arguments[0] not in STAGES:
+        return STOPPED
+    return STOPPED + (GOES_ON_WITHOUT if "--fresh" in arguments else GOES_ON)
 
 
 class Terminated(BaseException):

@@ -14,6 +14,7 @@ import msgspec
 
 from afq_export import __version__
 from afq_export.errors import InputError, MissingToolError
+from afq_export.files import sha256_file
 from afq_export.fold.forms import SiteChoice, choose_forms
 from afq_export.load.checkpoint import FloatCheckpoint
 from afq_export.load.corpus import Corpus, Windows, cut_windows, read_corpus, read_text_corpus, refuse_overlap
@@ -23,11 +24,12 @@ from afq_export.load.tokenizer import open_tokenizer, tokenizer_digest
 from afq_export.machine import default_threads
 from afq_export.quantize.assign import assign
 from afq_export.quantize.checkpoint import LinearRecord
-from afq_export.spec.catalog import demo_model, load_corpus, load_recipe, load_target
+from afq_export.spec.catalog import load_corpus, load_recipe, load_target
 from afq_export.spec.recipe import Recipe
 from afq_export.spec.request import Request
 from afq_export.spec.target import TargetProfile
 
+DEMO = "demo-llama"
 DEMO_CALIBRATION, DEMO_EVALUATION = "demo-calibration", "demo-evaluation"
 TINY_CHANGES = (
     "samples.windows=4",
@@ -38,7 +40,7 @@ TINY_CHANGES = (
 TINY_WINDOWS = 2
 USUAL_LENGTH, TINY_LENGTH = 512, 64
 """Tokens of an evaluation window."""
-VERSIONED = ("torch", "transformers", "executorch", "torchao", "onnxruntime", "safetensors")
+VERSIONED = ("torch", "transformers", "tokenizers", "executorch", "safetensors", "numpy", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Job:
     def fingerprint(self) -> dict[str, str]:
         """Everything that the artifact's bytes depend on, flat, so that a difference can be named."""
         facts = {"weights": self.model.digest, "seed": str(self.request.seed), "threads": str(self.threads)}
+        facts |= _flat("config", self.model.config.to_dict())
+        facts |= {"tokenizer": self.calibration.tokenizer_digest, "side files": _side_files(self.model)}
         facts |= _flat("recipe", msgspec.to_builtins(self.recipe))
         facts |= _flat("target", msgspec.to_builtins(self.target))
         facts |= {f"version.{name}": number for name, number in versions().items()}
@@ -97,7 +101,7 @@ def resolve(request: Request) -> Job:
     if request.eval is None:
         defaults += ("evaluation on the demo corpus",)
     if request.out is None:
-        defaults += (f"run folder {_default_out(model, target, recipe)}",)
+        defaults += (f"run folder {_default_out(request, target, recipe)}",)
     return Job(
         request=request,
         model=model,
@@ -108,7 +112,7 @@ def resolve(request: Request) -> Job:
         choices=choices,
         calibration=cut_windows(calibration, tokenizer, digest, length, recipe.samples.windows),
         evaluation=cut_windows(evaluation, tokenizer, digest, window, count),
-        out=Path(request.out or _default_out(model, target, recipe)),
+        out=Path(request.out or _default_out(request, target, recipe)),
         threads=request.threads or default_threads(),
         defaults=defaults,
     )
@@ -150,14 +154,8 @@ def versions() -> dict[str, str]:
 
 
 def _model(request: Request) -> tuple[FloatCheckpoint, tuple[str, ...]]:
-    if request.model is None:
-        model = dataclasses.replace(open_model(str(demo_model())), name="demo-llama")
-        defaults: tuple[str, ...] = ("the embedded demo model demo-llama",)
-    elif request.model in ("demo-llama", "demo-opt"):
-        folder = demo_model(request.model.removeprefix("demo-"))
-        model, defaults = dataclasses.replace(open_model(str(folder)), name=request.model), ()
-    else:
-        model, defaults = open_model(request.model), ()
+    model = open_model(request.model or DEMO)
+    defaults = () if request.model else (f"the embedded demo model {DEMO}",)
     return (tiny_copy(model, request.seed) if request.tiny else model), defaults
 
 
@@ -165,11 +163,19 @@ def _corpora(request: Request) -> tuple[Corpus, Corpus]:
     return open_corpus(request.calib or DEMO_CALIBRATION), open_corpus(request.eval or DEMO_EVALUATION)
 
 
-def _default_out(model: FloatCheckpoint, target: TargetProfile, recipe: Recipe) -> str:
-    """`afq-out/<model>-<target>-<recipe>` in the working folder."""
-    name = Path(model.name.split(" ")[0]).name.removesuffix(".gguf")
-    suffix = "-tiny" if "tiny" in model.name else ""
-    return f"afq-out/{name}{suffix}-{target.name}-{recipe.name}"
+def _default_out(request: Request, target: TargetProfile, recipe: Recipe) -> str:
+    """`afq-out/<model>-<target>-<recipe>` in the working folder, `--tiny` after the model for a tiny copy."""
+    name = Path(request.model or DEMO).resolve().name.removesuffix(".gguf")
+    return f"afq-out/{name}{'--tiny' if request.tiny else ''}-{target.name}-{recipe.name}"
+
+
+def _side_files(model: FloatCheckpoint) -> str:
+    """sha256 over the small files of the model's folder that ship with it: templates and configurations."""
+    if model.files is None or model.gguf is not None:
+        return ""
+    paths = sorted(path for kind in ("*.json", "*.jinja") for path in model.files.glob(kind))
+    lines = [f"{path.name} {sha256_file(path)}" for path in paths if ".safetensors." not in path.name]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _flat(prefix: str, value: Any) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from afq_export.errors import InputError
-from afq_export.job import DEMO_EVALUATION, open_corpus, window_length
+from afq_export.job import DEMO, DEMO_EVALUATION, open_corpus, window_length
 from afq_export.load.corpus import Windows, cut_windows
 from afq_export.load.model import open_model
 from afq_export.load.tokenizer import load_folder_tokenizer, open_tokenizer, tokenizer_digest
@@ -143,9 +143,7 @@ def _tokenizer_beside(checkpoint: Path) -> Any:
     if not (folder.path / "run.json").is_file():
         raise InputError("no tokenizer", where=str(checkpoint), do="name a folder that has one with --tokenizer")
     request = recorded_request(folder.read().get("request", {}))
-    if request.model is None:
-        raise InputError("no tokenizer", where=str(checkpoint), do="lower the run first, or name one with --tokenizer")
-    return open_tokenizer(open_model(request.model))
+    return open_tokenizer(open_model(request.model or DEMO))
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ from afq_export.errors import InputError
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.job import Job, versions
 from afq_export.load.tokenizer import load_folder_tokenizer, refuse_other_tokenizer
-from afq_export.lower.bundle import Bundle, open_bundle, seal
+from afq_export.lower.bundle import REPORTS, Bundle, open_bundle, seal
 from afq_export.lower.lower import lower
 from afq_export.machine import settle
 from afq_export.progress import Progress
@@ -111,6 +111,8 @@ def run_validate(
     """The validate and report stages. They always run: a report must be of the file that is there now."""
     if bundle.manifest.model.digest != job.model.digest:
         raise InputError("the bundle is of another model", where=str(bundle.folder), why=bundle.manifest.model.name)
+    for name in REPORTS:  # whatever is found now, no older verdict may stand beside it
+        (bundle.folder / name).unlink(missing_ok=True)
     shipped, where = load_folder_tokenizer(bundle.folder), str(bundle.folder / "tokenizer.json")
     refuse_other_tokenizer(shipped, job.tokenizer, job.evaluation.ids_NT.flatten(), where)
     with folder.stage("validate"):

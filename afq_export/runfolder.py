@@ -96,7 +96,8 @@ def prepare(path: Path, fingerprint: dict[str, str], request: dict[str, Any], fr
         sweep(place)
     if fresh:
         for made in (folder.bundle, folder.quantized, folder.calibration):
-            shutil.rmtree(made, ignore_errors=True)
+            if made.exists():
+                shutil.rmtree(made)
         write_json(path / "run.json", _new(fingerprint, request))
         return folder
     data = folder.read()

@@ -82,6 +82,8 @@ def hf_config(kind: str):
             dropout=0.0,
             **common,
         )
+    if kind == "llama-biased":  # grouped queries and biases on q, k, v and o: shifts fold per KV head
+        common["attention_bias"] = True
     sizes = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
     )

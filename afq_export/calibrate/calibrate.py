@@ -1,7 +1,8 @@
 """The calibrate stage: blocks one after another, each against its float self, resumable after every block.
 
 The float path's output of a block is the next block's float input; the quantized path's output, computed with the
-very integers that will ship, is the next block's quantized input (AffineQuant, arXiv 2403.12544, section 3.1).
+very integers of the block that will ship, is the next block's quantized input (AffineQuant, arXiv 2403.12544, section
+3.1). Both paths start from the float embedding rows.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def learn_block(
                 return Learned(parameters, best, alpha, start_loss, final, tuple(history), tuple(events))
             events.append(f"nothing better than the start was learned ({final:.3e}, start {start_loss:.3e}); it stands")
             break
-        except Diverged as reason:
+        except (Diverged, torch.linalg.LinAlgError) as reason:
             what = "start values kept" if attempt == retries else f"tried again with stability factor {alpha / 10:g}"
             events.append(f"stability factor {alpha:g}: {reason}; rolled back, {what}")
             alpha /= 10

@@ -9,7 +9,7 @@ from torch import Tensor
 def gradual_mask(size: int, opened: float, stability_factor: float) -> Tensor:
     """GM [size, size]: 1 on the diagonal, `stability_factor` where 0 < |i - j| <= opened * size, else 0.
 
-    `opened` is epoch / epochs: the band widens until it covers the matrix. Built by index arithmetic, once an epoch.
+    `opened` is epoch / epochs: the band widens until it covers the matrix. Built by index arithmetic.
     """
     index = torch.arange(size)
     distance = (index[:, None] - index[None, :]).abs()

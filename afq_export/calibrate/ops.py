@@ -38,8 +38,8 @@ class QuantizedPathOps(FloatOps):
                 self._shared = (x, fake_quantize_dynamic(x, spec))
             return super().linear(role, self._shared[1])
         known = self.ranges[role] if self.ranges else None
-        y = super().linear(role, fake_quantize_static(x, known[0] if known else _seen(x)))
-        return fake_quantize_static(y, known[1] if known else _seen(y))
+        y = super().linear(role, fake_quantize_static(x, known[0] if known else seen_range(x)))
+        return fake_quantize_static(y, known[1] if known else seen_range(y))
 
 
 def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Records) -> dict[str, Tensor]:
@@ -69,6 +69,7 @@ def token_weights(y_NTD: Tensor, loss: Literal["balanced", "mse"]) -> Tensor:
     return overall if loss == "mse" else (overall + 1 / power) / 2
 
 
-def _seen(x: Tensor) -> StaticRange:
+def seen_range(x: Tensor) -> StaticRange:
+    """The grid that covers what is seen of a tensor in this call."""
     x = x.detach()
     return range_grid(float(x.min()), float(x.max()))

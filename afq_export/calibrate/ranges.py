@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from afq_export.arch.decoder import block
+from afq_export.arch.ops import FloatOps
 from afq_export.calibrate.learn import BlockProblem, Learned, quantized_block_weights
-from afq_export.calibrate.ops import QuantizedPathOps
-from afq_export.quantize.activations import dequantize_static, quantize_static, range_grid
+from afq_export.calibrate.ops import QuantizedPathOps, seen_range
+from afq_export.quantize.activations import dequantize_static, fake_quantize_static, quantize_static, range_grid
 from afq_export.quantize.checkpoint import StaticRange
 
 SAMPLES = 1 << 16
@@ -52,9 +53,9 @@ class _ObservingOps(QuantizedPathOps):
     def linear(self, role: str, x: Tensor) -> Tensor:
         before, after = self.seen.setdefault(role, (_Observer(), _Observer()))
         before.see(x)
-        y = super().linear(role, x)
+        y = FloatOps.linear(self, role, fake_quantize_static(x, seen_range(x)))
         after.see(y)
-        return y
+        return fake_quantize_static(y, seen_range(y))
 
 
 @torch.no_grad()

@@ -130,7 +130,8 @@ def _shift(choice: SiteChoice, statistics: Statistics) -> Tensor | None:
     if not choice.shift:
         return None
     seen = statistics[choice.site.consumers[0]]
-    return (seen.low + seen.high) / 2
+    low, high = _per_kv_head(choice.site, seen.low, torch.amin), _per_kv_head(choice.site, seen.high, torch.amax)
+    return (low + high) / 2
 
 
 def _column_scales(parameters: SiteParameters) -> dict[str, Tensor]:
@@ -152,7 +153,8 @@ def _clip_logits(
         return torch.full(shape, torch.inf)
     columns = torch.ones(weight.shape[1]) if columns is None else columns
     clips = search_clips(weight * columns, seen.energy / columns.square(), spec)
-    return torch.where(clips < 1, clips.clamp(0.3, 0.999).logit(), torch.tensor(UNCLIPPED))
+    unclipped = UNCLIPPED if recipe.learning.clipping == "learn" else torch.inf
+    return torch.where(clips < 1, clips.clamp(0.3, 0.999).logit(), torch.tensor(unclipped))
 
 
 def search_clips(weight_OI: Tensor, energy_I: Tensor, spec: QuantSpec) -> Tensor:

@@ -28,7 +28,7 @@ class InputStatistics:
 
 
 class CapturingOps(FloatOps):
-    """FloatOps that keeps the input and output of every linear of the last call."""
+    """FloatOps that keeps the input of every linear of the last call."""
 
     def __init__(self, config: DecoderConfig, weights: Weights) -> None:
         super().__init__(config, weights)

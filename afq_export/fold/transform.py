@@ -44,6 +44,8 @@ def condition_number(transform: SiteTransform) -> float:
     if transform.form is Form.PERMUTATION:
         return 1.0
     matrix = transform.matrix.detach().double()
+    if not bool(torch.isfinite(matrix).all()):
+        return float("inf")
     if transform.form is Form.DIAGONAL:
         return float(matrix.abs().max() / matrix.abs().min())
     return float(torch.linalg.cond(matrix).max())

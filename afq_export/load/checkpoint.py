@@ -45,8 +45,8 @@ class DecoderWeights(Protocol):
 class FloatCheckpoint:
     """The model as it came. `digest` is the sha256 of its weights, `name` what the user called it.
 
-    `files` is the folder that has tokenizer and generation config (None for a random copy); `vocabulary` rows may be
-    more than the tokenizer's ids. Tensors are checked when read: a NaN or an infinity is an InputError.
+    `files` is the folder that has tokenizer and generation config, `gguf` the file when it is one. Tensors are checked
+    when read: a NaN or an infinity is an InputError.
     """
 
     config: DecoderConfig

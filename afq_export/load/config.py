@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from afq_export.arch.decoder import FAMILIES
 from afq_export.errors import InputError
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
+GENERATION = "generation_config.json"
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not change with the sequence; the others cannot be constants of a program."""
 
@@ -36,7 +39,20 @@ def read_config(folder: Path, gguf: Path | None = None) -> tuple[DecoderConfig, 
             why=str(error).split("\n")[0],
             do=f"give a folder with config.json of one of: {', '.join(model_types())}",
         ) from error
-    return decoder_config(raw, where), raw
+    config = decoder_config(raw, where)
+    return (config if gguf else _with_generation(config, folder)), raw
+
+
+def _with_generation(config: DecoderConfig, folder: Path) -> DecoderConfig:
+    """End-of-text ids of generation_config.json, where it names any: it is what generation goes by."""
+    path = folder / GENERATION
+    if not path.is_file():
+        return config
+    try:
+        ids = _ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError("cannot read the generation configuration", where=str(path), why=str(error)) from error
+    return dataclasses.replace(config, eos_ids=ids or config.eos_ids)
 
 
 def model_types() -> tuple[str, ...]:
@@ -161,7 +177,9 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _check_sizes(config: DecoderConfig, where: str) -> None:
     sizes = (config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.intermediate)
-    if min(*sizes, config.vocab, config.max_positions) < 1 or config.heads % config.kv_heads:
+    uneven = config.heads % config.kv_heads or (config.rope is not None and config.head_dim % 2)
+    split = config.family == "opt" and config.heads * config.head_dim != config.hidden
+    if min(*sizes, config.vocab, config.max_positions) < 1 or uneven or split:
         raise InputError(
             "the model's configuration contradicts itself",
             where=where,

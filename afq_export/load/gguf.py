@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import _type_traits, dequantize
 from torch import Tensor
 
-from afq_export.arch.config import DecoderConfig
+from afq_export.arch.config import DecoderConfig, Rope
 from afq_export.errors import InputError
 
 _OUTER = {
@@ -36,7 +36,12 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_DERIVED = ("rope_freqs.weight",)
+ROPE_FACTORS = "rope_freqs.weight"
+"""Divides the rotary frequencies: how llama.cpp stores the RoPE scaling of Llama 3.1 and later."""
+
+
+_PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+_READABLE = frozenset((*_PLAIN, *_type_traits))
 
 
 class GgufSource:
@@ -49,11 +54,29 @@ class GgufSource:
         try:
             reader = GGUFReader(path)
             tensors = {tensor.name: tensor for tensor in reader.tensors}
+            fields = {key: field.contents() for key, field in reader.fields.items() if ".rope." in key}
             architecture = reader.fields["general.architecture"].contents()
         except Exception as error:  # the reader raises whatever numpy or struct does on a broken file
             raise InputError("cannot read GGUF", where=str(path), why=str(error) or type(error).__name__) from error
         self._permuted = architecture == "llama"
-        self._tensors = {_name(name, path): tensor for name, tensor in tensors.items() if name not in _DERIVED}
+        self._factors = tensors.pop(ROPE_FACTORS, None)
+        self._scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
+        self._factor = float(fields.get(f"{architecture}.rope.scaling.factor", 1.0))
+        self._tensors = {_name(name, path): tensor for name, tensor in tensors.items()}
+        for tensor in self._tensors.values():
+            if tensor.tensor_type not in _READABLE:
+                raise InputError("a GGUF type that cannot be dequantized", where=f"{path}: {tensor.name}")
+
+    def rope(self, rope: Rope) -> Rope:
+        """`rope` with the scaling that the file states besides its base. Raises InputError for an unknown one."""
+        frequencies = np.asarray(rope.inv_freq, np.float32)
+        if self._factors is not None:
+            frequencies = frequencies / np.asarray(self._factors.data, np.float32).reshape(-1)
+        elif self._scaling == "linear":
+            frequencies = frequencies / np.float32(self._factor)
+        elif self._scaling != "none":
+            raise InputError("RoPE scaling not supported in GGUF", where=str(self.paths[0]), why=str(self._scaling))
+        return Rope(tuple(frequencies.tolist()), rope.attention_factor)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {key: tuple(int(n) for n in reversed(tensor.shape)) for key, tensor in self._tensors.items()}

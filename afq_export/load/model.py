@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -15,7 +16,10 @@ from afq_export.load.checkpoint import FloatCheckpoint, TensorSource
 from afq_export.load.config import read_config
 from afq_export.load.gguf import GgufSource
 from afq_export.load.safetensors import SafetensorsSource
+from afq_export.spec.catalog import demo_model
 
+DEMOS = ("demo-llama", "demo-opt")
+"""The embedded demo models."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 _DERIVED_KEYS = re.compile(r".*rotary_emb\.inv_freq|.*\.masked_bias")
@@ -23,12 +27,14 @@ _DERIVED_KEYS = re.compile(r".*rotary_emb\.inv_freq|.*\.masked_bias")
 
 
 def open_model(name: str) -> FloatCheckpoint:
-    """The model called `name`: a Hugging Face folder, a `.gguf` file, or a hub id `owner/model`.
+    """The model called `name`: a Hugging Face folder, a `.gguf` file, a hub id `owner/model`, or one of DEMOS.
 
     No tensor is read but headers and, for the digest, the bytes of the files. Raises InputError when there is no such
     model, it is not supported, or its tensors and its configuration do not fit each other.
     """
     path = Path(name)
+    if name in DEMOS and not path.exists():
+        return dataclasses.replace(_open_folder(demo_model(name.removeprefix("demo-")), name), name=name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError("no such file", where=name)
@@ -52,6 +58,8 @@ def _open_folder(folder: Path, name: str) -> FloatCheckpoint:
 def _open_gguf(path: Path) -> FloatCheckpoint:
     config, _ = read_config(path.parent, gguf=path)
     source = GgufSource(path, config)
+    if config.rope is not None:
+        config = dataclasses.replace(config, rope=source.rope(config.rope))
     _check_tensors(config, source, str(path))
     return FloatCheckpoint(config, source, str(path), _digest(source.paths), files=path.parent, gguf=path)
 
@@ -61,7 +69,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=["consolidated*", "*/*"]))
     except Exception as error:  # offline, unknown, gated: the hub client has a dozen exception types
         offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         raise InputError(

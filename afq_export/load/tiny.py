@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -38,6 +39,7 @@ def tiny_copy(model: FloatCheckpoint, seed: int) -> FloatCheckpoint:
     """`model` with its first two blocks only and random weights; tokenizer, vocabulary and shapes are the model's."""
     config = dataclasses.replace(model.config, layers=min(BLOCKS, model.config.layers))
     source = RandomSource(expected_shapes(config), seed)
+    digest = hashlib.sha256(repr((seed, sorted(source.expected.items()))).encode()).hexdigest()
     return dataclasses.replace(
-        model, config=config, source=source, name=f"{model.name} (tiny random copy)", digest=f"random-{seed}"
+        model, config=config, source=source, name=f"{model.name} (tiny random copy)", digest=digest
     )

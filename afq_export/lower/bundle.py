@@ -20,6 +20,7 @@ import msgspec
 from afq_export.errors import InputError
 from afq_export.files import sha256_file, write_text
 from afq_export.load.checkpoint import FloatCheckpoint
+from afq_export.load.config import GENERATION
 from afq_export.spec.recipe import Recipe
 from afq_export.spec.report import Manifest, ManifestModel, to_json
 from afq_export.spec.strict import to_toml
@@ -61,11 +62,12 @@ def save_model_files(model: FloatCheckpoint, tokenizer: Any, folder: Path) -> No
     else:
         config = AutoConfig.from_pretrained(model.files, local_files_only=True)
     config.save_pretrained(folder)
-    try:
-        generation = GenerationConfig.from_pretrained(model.files, local_files_only=True)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
-    generation.save_pretrained(folder)
+    generation = model.files / GENERATION
+    if model.gguf is None and generation.is_file():
+        # As it is: transformers refuses to write what many published models have in theirs.
+        (folder / GENERATION).write_bytes(generation.read_bytes())
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
 def seal(folder: Path, manifest: Manifest) -> Bundle:

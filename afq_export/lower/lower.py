@@ -47,7 +47,8 @@ def write_program(checkpoint: QuantizedCheckpoint, job: Job, model: Path, vector
 
 
 def command_line(job: Job) -> list[str]:
-    """The command that makes this bundle again, without paths that only one machine has."""
+    """The command as it was given, files by their names only: where they lie is one machine's own. The exact recipe and
+    target are recipe.toml and target.toml of the bundle."""
     request = job.request
     parts = ["afq-export", "run", "--target", job.target.name, "--recipe", job.recipe.name]
     parts += ["--seed", str(request.seed), "--threads", str(job.threads)]

@@ -39,7 +39,7 @@ def quantize(
 ) -> QuantizedCheckpoint:
     """Integers of every linear and embedding row, written to `folder`. One block in memory at a time."""
     config = folded.config
-    head = {key: tensor.float() for key, tensor in folded.head(torch.float64).items()}
+    head = folded.head()
     head_clip = calibration.head_clip(records[HEAD].spec)
     outer_floats = {f"head.float.{key}": t for key, t in head.items() if not key.startswith(HEAD)}
     rows = folded.embedding()

@@ -150,7 +150,7 @@ class Coverage(Data):
 
 
 class Cost(Data):
-    """What the run took; null when a stage was not run in this process."""
+    """What the run took over all its attempts; null when a stage's cost is not known."""
 
     calibrate_s: float | None = None
     export_s: float | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from afq_export.spec.quant import Granularity, LinearSpec, ScaleType
 from afq_export.spec.strict import Data
@@ -19,7 +21,7 @@ class Kernel(Data):
     """
 
     name: str
-    arithmetic: str
+    arithmetic: Literal["dynamic_per_channel", "dynamic_per_group", "static_per_channel"]
     weight_bits: tuple[int, ...]
     stored_bits: int
     granularity: Granularity
@@ -70,8 +72,8 @@ class No:
 class Shapes(Data):
     """Limits of the exported program: KV cache length, and tokens a prefill call takes at most."""
 
-    context: int
-    prefill: int
+    context: Annotated[int, Meta(ge=2)]
+    prefill: Annotated[int, Meta(ge=2)]
 
 
 class TargetProfile(Data):
@@ -80,7 +82,7 @@ class TargetProfile(Data):
     name: str
     description: str
     status: Literal["verified", "compiles", "untested"]
-    runtime: Literal["executorch", "onnxruntime"]
+    runtime: Literal["executorch"]
     backend: str
     default_recipe: str
     shapes: Shapes
@@ -90,6 +92,8 @@ class TargetProfile(Data):
     float_ops: tuple[str, ...] = ()
     perplexity_budget: float = 0.02
     """The exported file's perplexity may exceed the integer reference's by this fraction at most."""
+    reference_budget: float = 0.01
+    """The integer reference's perplexity may differ from fake quantization's by this fraction at most."""
     agreement_floor: float = 0.995
     """Least share of teacher-forced tokens at which the exported file and the integer reference agree."""
     traps: tuple[str, ...] = ()

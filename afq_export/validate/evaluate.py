@@ -33,6 +33,11 @@ Logits = Callable[[int], Tensor]
 """Window index -> float logits [T, V]."""
 
 
+LARGEST_NLL = 600.0
+BROKEN = 1e300
+"""The perplexity of a rung whose losses are not finite, or beyond all sense: finite, so that it can be reported."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenStats:
     """One rung, teacher-forced: `nll` float64 [N, T-1] of the token that follows, `top1` int64 [N, T-1] its choice."""
@@ -48,10 +53,11 @@ class TokenStats:
         single window over its tokens, which understates it.
         """
         nll = self.nll
-        value = math.exp(float(nll.mean()))
+        mean = float(nll.mean())
+        value = math.exp(mean) if mean < LARGEST_NLL else BROKEN  # also for NaN
         means = nll.mean(dim=1) if len(nll) > 1 else nll[0]
         spread = float(means.std()) / math.sqrt(len(means)) if len(means) > 1 else 0.0
-        return Perplexity(value=value, stderr=value * spread, tokens=nll.numel())
+        return Perplexity(value=value, stderr=value * spread if value < BROKEN else 0.0, tokens=nll.numel())
 
 
 @dataclasses.dataclass(frozen=True)

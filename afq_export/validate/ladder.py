@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +15,7 @@ from afq_export.spec import report as spec
 from afq_export.spec.report import Check, ValidationReport
 from afq_export.spec.target import TargetProfile
 from afq_export.validate.departures import NEAR_TIE, explain_disagreements
-from afq_export.validate.evaluate import Measurement, measure
+from afq_export.validate.evaluate import BROKEN, Measurement, measure
 from afq_export.validate.fold_check import TOLERANCE, FoldCheck, measure_fold
 from afq_export.validate.layers import Probe, check_layers
 from afq_export.validate.rungs import (
@@ -32,7 +31,7 @@ from afq_export.validate.rungs import (
 if TYPE_CHECKING:
     from afq_export.runtime.session import Session
 
-NEEDED = ("rung integer", "rung runtime", "layers", "perplexity", "agreement", "disagreements")
+NEEDED = ("rung integer", "rung runtime", "reference", "layers", "perplexity", "agreement", "disagreements")
 """Checks without which there is no `pass`: a skipped one fails the verdict. The others may be skipped (a bundle is
 validated without its source model), and the report says so."""
 
@@ -102,6 +101,7 @@ def validate(
     layers, layer_check = _layers(subject, runtime, effort, progress)
     checks.append(layer_check)
     disagreements = _disagreements(subject, measurement, progress)
+    checks.append(_reference_check(subject.target, figures["fake_quant"].value, figures["integer"].value))
     checks += _runtime_checks(subject.target, measurement, disagreements)
     agreement = _agreements(measurement)
     ordered = tuple(sorted(checks, key=_order))
@@ -184,7 +184,7 @@ def _rungs(
 
 def _rung_check(name: str, figure: spec.Perplexity) -> Check:
     detail = f"perplexity {figure.value:.4f} on {figure.tokens} tokens"
-    return _check(f"rung {name}", math.isfinite(figure.value), detail)
+    return _check(f"rung {name}", figure.value < BROKEN, detail)
 
 
 def _parts_check(parts: ComparedParts) -> Check:
@@ -193,6 +193,16 @@ def _parts_check(parts: ComparedParts) -> Check:
         "float operators",
         parts.error <= FLOAT_TOLERANCE,
         f"norms, nonlinearity and attention of {parts.name} within {parts.error:.1e} of torch's",
+    )
+
+
+def _reference_check(target: TargetProfile, fake_quant: float, integer: float) -> Check:
+    """The integer reference against fake quantization, which shares neither its arithmetic nor the runtime."""
+    excess = integer / fake_quant - 1
+    return _check(
+        "reference",
+        abs(excess) <= target.reference_budget,
+        f"integer reference {excess:+.3%} of fake-quant in torch, budget {target.reference_budget:.2%}",
     )
 
 
@@ -294,6 +304,7 @@ def _order(check: Check) -> int:
     """Rungs in the order of the ladder, then the rest as they come."""
     names = [f"rung {rung}" for rung in spec.RUNGS] + [
         "fold",
+        "reference",
         "layers",
         "float operators",
         "perplexity",

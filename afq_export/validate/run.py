@@ -15,6 +15,9 @@ from afq_export.runfolder import RunFolder, peak_rss_mb
 from afq_export.spec.report import Artifact, Cost, Coverage, Model, ValidationReport
 from afq_export.validate.ladder import Runtime, Subject, validate
 
+STAGES = ("calibrate", "quantize", "lower")
+"""Stages before this one, as run.json names them."""
+
 
 def validate_bundle(
     job: Job,
@@ -43,7 +46,7 @@ def validate_bundle(
         cost=Cost(
             calibrate_s=folder.cost("calibrate", "seconds"),
             export_s=folder.cost("lower", "seconds"),
-            peak_rss_mb=max(peak_rss_mb(), folder.cost("lower", "peak_rss_mb") or 0.0),
+            peak_rss_mb=max(peak_rss_mb(), *(folder.cost(stage, "peak_rss_mb") or 0.0 for stage in STAGES)),
         ),
         artifact=Artifact(
             bytes=bundle.model.stat().st_size, sha256=bundle.manifest.files[bundle.model.name], name=bundle.model.name

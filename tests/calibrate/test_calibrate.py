@@ -34,7 +34,7 @@ TARGET = load_target("android-xnnpack")
 CHANGES = ("learning.epochs=4", "learning.batch=2")
 
 
-@pytest.fixture(scope="module", params=["llama", "opt"])
+@pytest.fixture(scope="module", params=["llama", "llama-biased", "opt"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FloatCheckpoint:
     return open_model(str(write_model(tmp_path_factory.mktemp("model") / request.param, request.param)))
 

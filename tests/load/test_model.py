@@ -71,7 +71,7 @@ def test_only_the_block_that_is_asked_for_is_read(tmp_path: Path) -> None:
     assert read and all(key.startswith("model.layers.1.") for key in read)
 
 
-def _gguf(folder: Path, path: Path) -> None:
+def _gguf(folder: Path, path: Path, rope_factors: list[float] | None = None) -> None:
     """The same model as a llama.cpp file: interleaved q and k rows, its own names."""
     tensors = load_file(folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -97,6 +97,8 @@ def _gguf(folder: Path, path: Path) -> None:
         "mlp.down_proj": "ffn_down",
     }
     outer = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    if rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.asarray(rope_factors, np.float32))
     for key, tensor in tensors.items():
         values = tensor.numpy()
         if key in outer:
@@ -121,6 +123,14 @@ def test_a_gguf_file_is_the_same_model(tmp_path: Path) -> None:
     model = open_model(str(path))
     assert model.config.kv_heads == 2
     torch.testing.assert_close(logits(model), logits(open_model(str(folder))), rtol=1e-6, atol=1e-6)
+
+
+def test_a_gguf_files_rope_factors_divide_the_frequencies(tmp_path: Path) -> None:
+    """llama.cpp keeps the RoPE scaling of Llama 3.1 in a tensor: dropping it would be another model."""
+    folder, path = write_model(tmp_path / "m"), tmp_path / "m.gguf"
+    _gguf(folder, path, [1.0, 1.0, 2.0, 8.0])
+    plain, scaled = open_model(str(folder)).config.rope, open_model(str(path)).config.rope
+    assert [a / b for a, b in zip(plain.inv_freq, scaled.inv_freq, strict=True)] == pytest.approx([1, 1, 2, 8])
 
 
 def test_a_truncated_gguf_is_refused(tmp_path: Path) -> None:
@@ -223,3 +233,12 @@ def test_a_tiny_copy_is_random_reproducible_and_short(tmp_path: Path) -> None:
     assert torch.equal(logits(one), logits(two))
     assert not torch.equal(logits(one), logits(other))
     assert one.digest != model.digest
+    opt = tiny_copy(open_model(str(write_model(tmp_path / "o", "opt"))), 1)
+    assert len({one.digest, other.digest, opt.digest}) == 3
+
+
+def test_the_generation_config_says_where_text_ends(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m")
+    assert open_model(str(folder)).config.eos_ids == (257,)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [257, 256], "temperature": 0.6}')
+    assert open_model(str(folder)).config.eos_ids == (257, 256)
