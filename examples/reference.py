@@ -1,7 +1,7 @@
 """Writes the pages that are made from the program itself: the command reference and the tables of targets and recipes.
 
-    python examples/reference.py            writes them
-    python examples/reference.py --check    exit code 1 when one is not up to date (tests/commands does this)
+python examples/reference.py            writes them
+python examples/reference.py --check    exit code 1 when one is not up to date (tests/commands does this)
 """
 
 from __future__ import annotations

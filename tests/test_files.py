@@ -133,9 +133,7 @@ def test_other_inputs_are_named(tmp_path: Path) -> None:
         prepare(tmp_path, FACTS | {"seed": "1"}, {}, fresh=False)
 
 
-def test_a_stopped_stage_has_its_cost_and_says_its_own_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_stage_has_its_cost_and_says_its_own_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the disk is full run.json cannot be written either; what the stage says is what counts."""
     folder = prepare(tmp_path, FACTS, {}, fresh=False)
     with pytest.raises(KeyboardInterrupt), folder.stage("calibrate"):

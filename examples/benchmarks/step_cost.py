@@ -2,9 +2,9 @@
 
     python examples/benchmarks/step_cost.py --model SmolLM2-135M-Instruct.Q4_1.gguf --text wiki.valid.raw
 
-Both sides take the same 2,048 tokens of real text through the same block. The plain side computes the same losses:
-with the augmented loss on (two targets) it has two forwards, as its definition asks; here the float targets are cached.
-The sides alternate, the median of their ratios is quoted.
+Both sides take the same 2,048 tokens of real text through the same block and compute both losses of the augmented loss
+(to two cached targets); the plain side is one forward and backward of the float block with gradients for its weights.
+The sides alternate; the median of their ratios is quoted.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ def main() -> None:
     step(), plain()
     pairs = [(seconds(step), seconds(plain)) for _ in range(arguments.runs)]
     ratios = [ours / theirs for ours, theirs in pairs]
-    print(f"{TOKENS * WINDOWS} tokens, block {index}, {recipe.name}, matmuls {recipe.learning.autocast}, "
-          f"{arguments.threads} thread(s), {arguments.runs} pairs")
+    print(
+        f"{TOKENS * WINDOWS} tokens, block {index}, {recipe.name}, matmuls {recipe.learning.autocast}, "
+        f"{arguments.threads} thread(s), {arguments.runs} pairs"
+    )
     print(f"step   {statistics.median(ours for ours, _ in pairs):.3f} s (median)")
     print(f"plain  {statistics.median(theirs for _, theirs in pairs):.3f} s (median), one forward and backward")
     print(f"ratio  {statistics.median(ratios):.2f} (median; {min(ratios):.2f} to {max(ratios):.2f})")

@@ -21,7 +21,7 @@ from afq_export.errors import InputError
 from afq_export.lower.executorch.graph import Payload, Tokens, XnnGraph
 from afq_export.lower.executorch.operand import Operand, activate
 from afq_export.lower.executorch.segments import probe_segment
-from tests.lower.small import KERNELS, random_linear
+from tests.checkpoints import KERNELS, random_linear
 from tests.validate.xnnpack_programs import Linears
 
 TOKENS = 16
@@ -31,7 +31,7 @@ TOKENS = 16
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.filterwarnings("ignore")
 def test_same_delegate_as_executorchs_own_lowering(kernel: str, bias: bool, tmp_path: Path) -> None:
-    linear = random_linear("blocks.0.q_proj", 48, 64, kernel, bias=bias)
+    linear = random_linear(kernel, 48, 64, bias=bias)
     ours = probe_segment({"q": linear}, {"q": (Tokens(TOKENS), 64)}).payload
     theirs = official(linear)
     assert decode(ours.program, tmp_path) == decode(theirs.program, tmp_path)

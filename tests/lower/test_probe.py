@@ -13,14 +13,14 @@ from afq_export.lower.executorch.program import lower_program
 from afq_export.progress import silent
 from afq_export.runtime.library import load_runtime
 from afq_export.validate.integer.xnnpack import integer_linear
+from tests.checkpoints import KERNELS, random_checkpoint, random_linear, small_config
 from tests.lower.reference import ARITHMETICS, TARGET
-from tests.lower.small import KERNELS, llama, random_checkpoint, random_linear
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_kernels_give_what_the_integer_models_say(tokens: int) -> None:
     linears = [
-        random_linear(f"blocks.0.{kernel}{bias}", 40, 96, kernel, bias=bias)
+        random_linear(kernel, 40, 96, name=f"blocks.0.{kernel}{bias}", bias=bias)
         for kernel in KERNELS
         for bias in (False, True)
     ]
@@ -35,7 +35,7 @@ def test_kernels_give_what_the_integer_models_say(tokens: int) -> None:
 
 
 def test_an_input_must_be_there_and_fit() -> None:
-    linear = random_linear("lm_head", 8, 32, "qd8-f32-qc8w")
+    linear = random_linear("qd8-f32-qc8w", 8, 32, name="lm_head", bias=False)
     with pytest.raises(InputError, match="no input"):
         run_linears([linear], {})
     with pytest.raises(InputError, match="does not fit"):
@@ -43,7 +43,7 @@ def test_an_input_must_be_there_and_fit() -> None:
 
 
 def test_bundled_program_runs_its_own_cases(tmp_path) -> None:
-    checkpoint = random_checkpoint(tmp_path / "quantized", llama(layers=1), "qd8-f32-qb4w")
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(layers=1), "qd8-f32-qb4w")
     pte = lower_program(checkpoint, TARGET, silent).pte
     inputs = [torch.arange(6)[None], torch.tensor([0])]
     runtime = load_runtime()

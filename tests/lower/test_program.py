@@ -19,8 +19,8 @@ from afq_export.progress import silent
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.runtime.executorch import ExecutorchSession
 from afq_export.spec.target import Shapes
+from tests.checkpoints import KERNELS, random_checkpoint, small_config
 from tests.lower.reference import TARGET, random_ids, reference_logits
-from tests.lower.small import KERNELS, llama, opt, random_checkpoint
 
 CONTEXT, PREFILL = 40, 8
 SMALL_TARGET = msgspec.structs.replace(TARGET, shapes=Shapes(context=CONTEXT, prefill=PREFILL))
@@ -34,17 +34,17 @@ def mixed(name: str) -> str:
 
 
 CASES: dict[str, tuple[DecoderConfig, str | Callable[[str], str], int]] = {
-    "llama, int8": (llama(), "qd8-f32-qc8w", 8),
-    "llama, int4 per channel": (llama(), "qd8-f32-qc4w", 4),
-    "llama, int4 groups": (llama(), "qd8-f32-qb4w", 8),
-    "llama, static int8": (llama(), "qs8-qc8w", 32),
-    "llama, every kernel": (llama(), mixed, 4),
-    "qwen2 (biases), int4 groups": (llama(qkv_bias=True, layers=1), "qd8-f32-qb4w", 8),
-    "qwen3 (q and k norms), int4 groups": (llama(qk_norm=True, layers=1), "qd8-f32-qb4w", 8),
-    "opt, int4 groups": (opt(), "qd8-f32-qb4w", 8),
-    "opt, static int8": (opt(), "qs8-qc8w", 32),
-    "opt, gelu": (opt(activation="gelu", layers=1), "qd8-f32-qc8w", 8),
-    "llama, tanh gelu": (llama(activation="gelu_tanh", layers=1), "qd8-f32-qc8w", 8),
+    "llama, int8": (small_config(), "qd8-f32-qc8w", 8),
+    "llama, int4 per channel": (small_config(), "qd8-f32-qc4w", 4),
+    "llama, int4 groups": (small_config(), "qd8-f32-qb4w", 8),
+    "llama, static int8": (small_config(), "qs8-qc8w", 32),
+    "llama, every kernel": (small_config(), mixed, 4),
+    "qwen2 (biases), int4 groups": (small_config("qwen2", layers=1), "qd8-f32-qb4w", 8),
+    "qwen3 (q and k norms), int4 groups": (small_config("qwen3", layers=1), "qd8-f32-qb4w", 8),
+    "opt, int4 groups": (small_config("opt"), "qd8-f32-qb4w", 8),
+    "opt, static int8": (small_config("opt"), "qs8-qc8w", 32),
+    "opt, gelu": (small_config("opt", activation="gelu", layers=1), "qd8-f32-qc8w", 8),
+    "llama, tanh gelu": (small_config(activation="gelu_tanh", layers=1), "qd8-f32-qc8w", 8),
 }
 
 
@@ -72,7 +72,7 @@ class Lowered:
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
-    checkpoint = random_checkpoint(tmp_path_factory.mktemp("mixed") / "quantized", llama(), mixed)
+    checkpoint = random_checkpoint(tmp_path_factory.mktemp("mixed") / "quantized", small_config(), mixed)
     steps: list[tuple[int, int]] = []
     program = lower_program(checkpoint, SMALL_TARGET, lambda label, done, total: steps.append((done, total)))
     return Lowered(checkpoint, program, steps)
@@ -80,15 +80,15 @@ def lowered(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
 
 def test_one_delegate_a_block_and_nothing_unexpected_outside(lowered: Lowered) -> None:
     content = read_program(lowered.program.pte)
-    assert content.delegates == llama().layers + 1
+    assert content.delegates == small_config().layers + 1
     assert {name.split("::")[0] for name in content.calls} <= {
         "aten",
         "executorch_prim",
         "llama",
         "quantized_decomposed",
     }
-    assert content.calls["llama::custom_sdpa.out"] == llama().layers
-    assert content.calls["llama::update_cache.out"] == 2 * llama().layers
+    assert content.calls["llama::custom_sdpa.out"] == small_config().layers
+    assert content.calls["llama::update_cache.out"] == 2 * small_config().layers
     assert not [
         name for name in content.calls if any(op in name for op in ("mm", "mul", "mean", "view", "quantize_per"))
     ]
@@ -109,7 +109,7 @@ def test_metadata_is_what_the_runner_asks_for(lowered: Lowered) -> None:
     assert lowered.program.metadata == {
         "get_max_seq_len": PREFILL,
         "get_max_context_len": CONTEXT,
-        "get_vocab_size": 80,
+        "get_vocab_size": 96,
         "get_n_layers": 2,
         "use_kv_cache": True,
         "use_sdpa_with_kv_cache": True,

@@ -11,8 +11,8 @@ import torch
 from afq_export.lower.executorch.program import lower_program
 from afq_export.progress import silent
 from afq_export.runtime.library import load_runtime, quiet
+from tests.checkpoints import random_checkpoint, small_config
 from tests.lower.reference import TARGET
-from tests.lower.small import llama, random_checkpoint
 
 EXPECTED = {
     "qd8-f32-qc8w": r"Fully Connected \(NC, QD.?8, F32, QC8W\)",
@@ -25,7 +25,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("kernel", EXPECTED)
 def test_the_integer_kernels_run(kernel: str, tmp_path: Path) -> None:
-    checkpoint = random_checkpoint(tmp_path / "quantized", llama(layers=1), kernel)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(layers=1), kernel)
     names = trace(lower_program(checkpoint, TARGET, silent).pte, tmp_path / "trace.etdp")
     linears = [name for name in names if name.startswith("Fully Connected")]
     wanted = [name for name in linears if re.match(EXPECTED[kernel], name)]

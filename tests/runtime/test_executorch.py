@@ -14,14 +14,14 @@ from afq_export.progress import silent
 from afq_export.runtime import library
 from afq_export.runtime.executorch import ExecutorchSession
 from afq_export.spec.target import Shapes
+from tests.checkpoints import random_checkpoint, small_config
 from tests.lower.reference import TARGET, random_ids
-from tests.lower.small import llama, random_checkpoint
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("session")
-    checkpoint = random_checkpoint(folder / "quantized", llama(layers=1), "qd8-f32-qb4w")
+    checkpoint = random_checkpoint(folder / "quantized", small_config(layers=1), "qd8-f32-qb4w")
     target = msgspec.structs.replace(TARGET, shapes=Shapes(context=24, prefill=4))
     path = folder / "model.pte"
     path.write_bytes(lower_program(checkpoint, target, silent).pte)
@@ -30,11 +30,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_facts_come_from_the_program(program: Path) -> None:
     session = ExecutorchSession(program)
-    assert (session.vocab, session.context, session.prefill) == (80, 24, 4)
+    assert (session.vocab, session.context, session.prefill) == (96, 24, 4)
 
 
 def test_generation_is_greedy_and_stops(program: Path) -> None:
-    session, ids = ExecutorchSession(program), random_ids(80, 7)
+    session, ids = ExecutorchSession(program), random_ids(96, 7)
     generated = session.generate(ids, 6, frozenset())
     assert len(generated) == 6
     rows = session.logits(torch.cat((ids, torch.tensor(generated))))[6:-1]
@@ -43,13 +43,13 @@ def test_generation_is_greedy_and_stops(program: Path) -> None:
 
 
 def test_generation_ends_with_the_context(program: Path) -> None:
-    session, ids = ExecutorchSession(program), random_ids(80, 22)
+    session, ids = ExecutorchSession(program), random_ids(96, 22)
     assert len(session.generate(ids, 100, frozenset())) == 24 - 22 + 1
 
 
 @pytest.mark.parametrize(
     ("ids", "position"),
-    [(torch.zeros(25, dtype=torch.long), 0), (torch.zeros(2, dtype=torch.long), 23), (torch.tensor([80]), 0)],
+    [(torch.zeros(25, dtype=torch.long), 0), (torch.zeros(2, dtype=torch.long), 23), (torch.tensor([96]), 0)],
     ids=["too long", "past the end", "no such token"],
 )
 def test_what_does_not_fit_is_refused(program: Path, ids: torch.Tensor, position: int) -> None:

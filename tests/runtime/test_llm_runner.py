@@ -14,8 +14,8 @@ from afq_export.progress import silent
 from afq_export.runtime.executorch import ExecutorchSession
 from afq_export.runtime.library import quiet
 from afq_export.spec.target import Shapes
+from tests.checkpoints import random_checkpoint, small_config
 from tests.lower.reference import TARGET
-from tests.lower.small import llama, random_checkpoint
 
 CONTEXT, PREFILL = 96, 16
 BOS, EOS = "<s>", "</s>"
@@ -36,7 +36,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("length", [5, 3 * PREFILL + 7], ids=["one call", "a prompt longer than a call"])
 def test_runner_generates_what_the_session_does(length: int, tokenizer: Path, tmp_path: Path) -> None:
     vocabulary = Tokenizer.from_file(str(tokenizer))
-    config = llama(vocab=vocabulary.get_vocab_size(), max_positions=CONTEXT, bos_id=None, eos_ids=(1,))
+    config = small_config(vocab=vocabulary.get_vocab_size(), max_positions=CONTEXT, bos_id=None, eos_ids=(1,))
     checkpoint = random_checkpoint(tmp_path / "quantized", config, "qd8-f32-qb4w")
     path = tmp_path / "model.pte"
     target = msgspec.structs.replace(TARGET, shapes=Shapes(context=CONTEXT, prefill=PREFILL))

@@ -10,7 +10,7 @@ import torch
 from afq_export.validate import evaluate
 from afq_export.validate.evaluate import TokenStats, measure, measure_one
 from afq_export.validate.rungs import FloatRung, integer_rung
-from tests.validate.tiny import DequantizedWeights, random_windows, tiny_checkpoint, xnnpack_target
+from tests.checkpoints import DequantizedWeights, random_checkpoint, random_windows, small_config, xnnpack_target
 
 
 class FixedSession:
@@ -72,7 +72,7 @@ def test_the_uniform_model_has_the_vocabulary_as_perplexity():
 
 def test_chunks_and_batches_change_nothing(tmp_path, monkeypatch):
     """Whole against window by window, and against the plain decoder; the integer rung bit for bit in its choices."""
-    checkpoint = tiny_checkpoint(tmp_path)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config())
     ids = random_windows(checkpoint.config, count=5).ids_NT
     rungs = {"float": FloatRung(DequantizedWeights(checkpoint)), "integer": integer_rung(checkpoint, xnnpack_target())}
     whole = measure(rungs, ids, [("float", "integer")])
@@ -88,7 +88,7 @@ def test_chunks_and_batches_change_nothing(tmp_path, monkeypatch):
 
 def test_one_block_at_a_time(tmp_path):
     """No block is read twice per chunk, and none before the one before it is done."""
-    checkpoint = tiny_checkpoint(tmp_path)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config())
     reads = []
 
     class Counted(DequantizedWeights):

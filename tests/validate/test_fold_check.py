@@ -9,7 +9,7 @@ import torch
 
 from afq_export.errors import VerdictError
 from afq_export.validate.fold_check import TOLERANCE, check_fold, measure_fold, relative_error
-from tests.validate.tiny import DequantizedWeights, random_windows, tiny_checkpoint
+from tests.checkpoints import DequantizedWeights, random_checkpoint, random_windows, small_config
 
 
 class Scaled(DequantizedWeights):
@@ -30,7 +30,7 @@ class Scaled(DequantizedWeights):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return tiny_checkpoint(tmp_path)
+    return random_checkpoint(tmp_path / "quantized", small_config())
 
 
 def test_a_fold_keeps_the_function(checkpoint):

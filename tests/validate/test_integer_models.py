@@ -18,7 +18,7 @@ from afq_export.quantize.checkpoint import QuantizedLinear
 from afq_export.validate.integer import xnnpack
 from afq_export.validate.integer.float32 import fma
 from afq_export.validate.integer.xnnpack import integer_linear
-from tests.validate.tiny import KERNELS, random_linear, xnnpack_target
+from tests.checkpoints import KERNELS, random_linear, xnnpack_target
 
 F32 = np.float32
 F32_MAX = np.finfo(F32).max

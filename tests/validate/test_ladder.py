@@ -15,9 +15,9 @@ from afq_export.validate.departures import NEAR_TIE, explain_disagreements, flip
 from afq_export.validate.evaluate import Measurement, PairStats, TokenStats, hidden_states, measure
 from afq_export.validate.ladder import Runtime, Subject, validate
 from afq_export.validate.rungs import TorchParts, integer_rung
+from tests.checkpoints import DequantizedWeights, random_checkpoint, random_windows, small_config, xnnpack_target
 from tests.validate.test_fold_check import Scaled
 from tests.validate.test_layers import model_probe
-from tests.validate.tiny import DequantizedWeights, random_windows, tiny_checkpoint, xnnpack_target
 
 MODEL = spec.Model(name="tiny", digest="2" * 64, type="llama")
 
@@ -56,7 +56,7 @@ def statuses(report):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return tiny_checkpoint(tmp_path_factory.mktemp("ladder"))
+    return random_checkpoint(tmp_path_factory.mktemp("ladder") / "quantized", small_config())
 
 
 def test_a_right_runtime_passes(checkpoint):

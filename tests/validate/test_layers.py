@@ -10,12 +10,13 @@ import torch
 
 from afq_export.validate.integer.xnnpack import integer_linear
 from afq_export.validate.layers import check_layers, compare_layer, output_step, sqnr_db
-from tests.validate.tiny import (
+from tests.checkpoints import (
     KERNELS,
     DequantizedWeights,
+    random_checkpoint,
     random_linear,
     random_windows,
-    tiny_checkpoint,
+    small_config,
     xnnpack_target,
 )
 
@@ -35,7 +36,7 @@ def model_probe(linears, inputs):
 @pytest.mark.parametrize("kind", ["llama", "opt"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_linear_is_probed_in_running_order(tmp_path, kernel, kind):
-    checkpoint = tiny_checkpoint(tmp_path, kernel, kind)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(kind), kernel)
     ids = random_windows(checkpoint.config).ids_NT[0]
     seen = []
     reports = check_layers(
@@ -55,7 +56,7 @@ def test_every_linear_is_probed_in_running_order(tmp_path, kernel, kind):
 
 def test_inputs_are_those_of_the_integer_rung(tmp_path):
     """The first linear's input is the normed embedding; the second block sees what the first one's integers gave."""
-    checkpoint = tiny_checkpoint(tmp_path)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config())
     ids = random_windows(checkpoint.config).ids_NT[0]
     inputs = {}
     check_layers(checkpoint, TARGET, ids, lambda linears, x: inputs.update(x) or model_probe(linears, x))

@@ -18,16 +18,17 @@ from afq_export.validate.rungs import (
     integer_rung,
     unrounded_codes,
 )
-from tests.validate.tiny import (
+from tests.checkpoints import (
     KERNELS,
+    KINDS,
     DequantizedWeights,
+    random_checkpoint,
     random_linear,
     random_windows,
-    tiny_checkpoint,
+    small_config,
     xnnpack_target,
 )
 
-KINDS = ("llama", "qwen2", "qwen3", "opt")
 TARGET = xnnpack_target()
 
 
@@ -40,7 +41,7 @@ def logits_of(rung, ids):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_integer_and_fake_quant_are_near_each_other(tmp_path, kernel, kind):
     """The same codes; float32 sums against int32 sums, and the static kernel's int32 bias."""
-    checkpoint = tiny_checkpoint(tmp_path, kernel, kind)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(kind), kernel)
     ids = random_windows(checkpoint.config).ids_NT
     fake, integer = logits_of(fake_quant_rung(checkpoint), ids), logits_of(integer_rung(checkpoint, TARGET), ids)
     assert integer.shape == (*ids.shape, checkpoint.config.vocab)
@@ -50,7 +51,7 @@ def test_integer_and_fake_quant_are_near_each_other(tmp_path, kernel, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fake_quant_without_activation_grids_is_the_dequantized_float_model(tmp_path, kind, monkeypatch):
     """Dequantized codes are all that fake quantization does to weights, embedding and lm_head."""
-    checkpoint = tiny_checkpoint(tmp_path, "qd8-f32-qb4w", kind)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(kind), "qd8-f32-qb4w")
     ids = random_windows(checkpoint.config).ids_NT
     monkeypatch.setattr("afq_export.validate.rungs.fake_quantized", lambda linear, x: x)
     fake, plain = logits_of(fake_quant_rung(checkpoint), ids), logits_of(FloatRung(DequantizedWeights(checkpoint)), ids)
@@ -69,7 +70,7 @@ def test_one_linear_is_the_integer_model_within_float_error(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_float64_between_the_linears_changes_only_last_bits(tmp_path, kernel):
-    checkpoint = tiny_checkpoint(tmp_path, kernel)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(), kernel)
     ids = random_windows(checkpoint.config, count=1).ids_NT
     inputs = []
     for dtype in (torch.float32, torch.float64):
@@ -96,7 +97,7 @@ def test_unrounded_codes_round_to_the_codes():
 
 @pytest.mark.parametrize("bits", [4, 8, 32])
 def test_embedding_rows_are_dequantized(tmp_path, bits):
-    checkpoint = tiny_checkpoint(tmp_path, embedding_bits=bits)
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(), embedding_bits=bits)
     embedding = checkpoint.embedding()
     row = embedding.codes[5].float() * (1.0 if bits == 32 else embedding.scales[5])
     assert torch.equal(integer_rung(checkpoint, TARGET).embed(torch.tensor([[5]]))[0, 0], row)

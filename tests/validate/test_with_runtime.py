@@ -9,16 +9,16 @@ import pytest
 
 from afq_export.progress import silent
 from afq_export.validate.ladder import Runtime, validate
+from tests.checkpoints import KERNELS, KINDS, random_checkpoint, random_windows, small_config, xnnpack_target
 from tests.validate.test_ladder import subject_of
 from tests.validate.test_xnnpack_runtime import runs_avx512_vnni
-from tests.validate.tiny import KERNELS, random_windows, tiny_checkpoint, xnnpack_target
 
 pytest.importorskip("executorch", reason="the runtime is not installed")
 
 FAST = (("llama", "qd8-f32-qb4w"), ("opt", "qs8-qc8w"))
 CASES = [
     pytest.param(kind, kernel, marks=() if (kind, kernel) in FAST else pytest.mark.slow)
-    for kind in ("llama", "qwen2", "qwen3", "opt")
+    for kind in KINDS
     for kernel in KERNELS
 ]
 
@@ -31,7 +31,7 @@ def test_the_exported_file_is_the_integer_reference(tmp_path, kind, kernel):
     from afq_export.lower.executorch.program import lower_program
     from afq_export.runtime.executorch import ExecutorchSession
 
-    checkpoint, target = tiny_checkpoint(tmp_path, kernel, kind), xnnpack_target()
+    checkpoint, target = random_checkpoint(tmp_path / "quantized", small_config(kind), kernel), xnnpack_target()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lowered = lower_program(checkpoint, target, silent)

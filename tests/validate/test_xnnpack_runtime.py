@@ -14,7 +14,7 @@ from torch import Tensor
 from afq_export.quantize.activations import quantize_static
 from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
 from afq_export.validate.integer.xnnpack import integer_linear
-from tests.validate.tiny import KERNELS, random_linear, xnnpack_target
+from tests.checkpoints import KERNELS, random_linear, xnnpack_target
 from tests.validate.xnnpack_programs import MAX_TOKENS, compile_linears
 
 pytest.importorskip("executorch", reason="the runtime is not installed")

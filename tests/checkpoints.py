@@ -1,7 +1,9 @@
-"""Tiny random quantized linears and checkpoints of both families, for tests that need no training and no runtime."""
+"""Small random quantized linears and decoders of every kind, for tests that need no training: no file but their own."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -20,30 +22,68 @@ from afq_export.quantize.checkpoint import (
     StaticRange,
     write_checkpoint,
 )
+from afq_export.spec.catalog import load_target
 from afq_export.spec.quant import Granularity, LinearSpec, QuantSpec, ScaleType, linear_name
-from afq_export.spec.strict import convert, read_toml
 from afq_export.spec.target import TargetProfile
 
-ROOT = Path(__file__).parents[2]
 KERNELS = ("qd8-f32-qc8w", "qd8-f32-qc4w", "qd8-f32-qb4w", "qs8-qc8w")
+KINDS = ("llama", "qwen2", "qwen3", "opt")
+INPUT, OUTPUT = StaticRange(scale=0.0317, zero_point=-7), StaticRange(scale=0.0529, zero_point=11)
+"""The grids of static linears."""
 
 
 def xnnpack_target(**changes: object) -> TargetProfile:
     """The shipped XNNPACK target, fields replaced by `changes`."""
-    path = ROOT / "targets" / "android-xnnpack.toml"
-    return msgspec.structs.replace(convert(read_toml(path), TargetProfile, str(path)), **changes)
+    return msgspec.structs.replace(load_target("android-xnnpack"), **changes)
+
+
+def small_config(kind: str = "llama", **changes: object) -> DecoderConfig:
+    """Two blocks, width 64, 96 tokens; all but OPT have grouped queries and heads that are not hidden / heads wide."""
+    config = DecoderConfig(
+        family="llama",
+        model_type=kind,
+        hidden=64,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        intermediate=96,
+        vocab=96,
+        max_positions=64,
+        norm_eps=1e-5,
+        activation="silu",
+        tied=False,
+        rope=Rope(tuple((1.0 / 10000.0 ** (torch.arange(0, 32, 2).float() / 32)).tolist())),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        bos_id=1,
+        eos_ids=(2,),
+    )
+    if kind == "opt":
+        config = dataclasses.replace(
+            config,
+            family="opt",
+            kv_heads=4,
+            head_dim=16,
+            activation="relu",
+            rope=None,
+            qkv_bias=True,
+            out_bias=True,
+            mlp_bias=True,
+            position_offset=2,
+        )
+    return dataclasses.replace(config, **changes)
 
 
 def linear_spec(kernel: str, name: str, outputs: int, inputs: int, bias: bool, group: int = 32) -> LinearSpec:
-    """A spec that `kernel` runs."""
-    per_group = kernel == "qd8-f32-qb4w"
+    """A spec that `kernel` runs; `group` counts for kernels that have groups."""
+    per_group, static = kernel == "qd8-f32-qb4w", kernel == "qs8-qc8w"
     weight = QuantSpec(
         bits=8 if kernel.endswith("qc8w") else 4,
         granularity=Granularity.PER_GROUP if per_group else Granularity.PER_CHANNEL,
         group=group if per_group else 0,
         scale_type=ScaleType.BFLOAT16 if per_group else ScaleType.FLOAT32,
     )
-    static = kernel == "qs8-qc8w"
     granularity = Granularity.PER_TENSOR if static else Granularity.PER_TOKEN
     activation = QuantSpec(bits=8, granularity=granularity, symmetric=False, dynamic=not static)
     return LinearSpec(name=name, outputs=outputs, inputs=inputs, bias=bias, weight=weight, activation=activation)
@@ -67,78 +107,39 @@ def random_linear(
     scales = size * (0.5 + torch.rand(outputs, spec.groups, generator=random))
     if spec.weight.scale_type is ScaleType.BFLOAT16:
         scales = scales.bfloat16().float()
-    static = kernel == "qs8-qc8w"
-    record = LinearRecord(
-        spec=spec,
-        kernel=kernel,
-        input=StaticRange(scale=0.0317, zero_point=-7) if static else None,
-        output=StaticRange(scale=0.0529, zero_point=11) if static else None,
-    )
+    record = LinearRecord(spec, kernel, *((INPUT, OUTPUT) if kernel == "qs8-qc8w" else ()))
     return QuantizedLinear(record, codes, scales, torch.randn(outputs, generator=random) if bias else None)
 
 
-def tiny_config(kind: str = "llama") -> DecoderConfig:
-    """Two blocks, width 64, 96 tokens; `llama` has GQA and a head size that is not hidden / heads."""
-    common = {
-        "hidden": 64,
-        "layers": 2,
-        "heads": 4,
-        "intermediate": 96,
-        "vocab": 96,
-        "max_positions": 64,
-        "norm_eps": 1e-5,
-        "tied": False,
-    }
-    if kind == "opt":
-        return DecoderConfig(
-            family="opt",
-            model_type="opt",
-            kv_heads=4,
-            head_dim=16,
-            activation="relu",
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            position_offset=2,
-            **common,
-        )
-    inv_freq = tuple((1.0 / 10000.0 ** (torch.arange(0, 32, 2).float() / 32)).tolist())
-    return DecoderConfig(
-        family="llama",
-        model_type=kind,
-        kv_heads=2,
-        head_dim=32,
-        activation="silu",
-        rope=Rope(inv_freq),
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        **common,
-    )
-
-
-def tiny_checkpoint(
-    folder: Path, kernel: str = "qd8-f32-qc8w", kind: str = "llama", embedding_bits: int = 8, seed: int = 0
+def random_checkpoint(
+    folder: Path,
+    config: DecoderConfig,
+    kernel: str | Callable[[str], str] = "qd8-f32-qc8w",
+    *,
+    embedding_bits: int = 8,
+    seed: int = 0,
 ) -> QuantizedCheckpoint:
-    """A random checkpoint whose block linears all take `kernel` (lm_head: int8 per channel), written and opened."""
-    config, random = tiny_config(kind), torch.Generator().manual_seed(seed)
-    shapes = family(config).linear_shapes(config).items()
-    blocks = [
-        QuantizedPart(
-            linears=tuple(
-                random_linear(kernel, outputs, inputs, name=linear_name(index, role), bias=bias, seed=number)
-                for number, (role, (outputs, inputs, bias)) in enumerate(shapes, 1000 * seed + 10 * index)
-            ),
-            floats=_norms(config, _block_norms(config), "float", random),
-        )
-        for index in range(config.layers)
-    ]
+    """A checkpoint whose block linears have `kernel` (or what `kernel(name)` says), lm_head int8 per channel; written
+    to `folder` as the `quantize` stage writes it, and opened."""
+    choose = kernel if callable(kernel) else lambda name: kernel
+    random, arch = torch.Generator().manual_seed(seed), family(config)
+
+    def block(index: int) -> QuantizedPart:
+        linears = []
+        for number, (role, (outputs, inputs, bias)) in enumerate(arch.linear_shapes(config).items()):
+            name = linear_name(index, role)
+            place = 1000 * seed + 10 * index + number
+            linears.append(random_linear(choose(name), outputs, inputs, name=name, bias=bias, seed=place))
+        return QuantizedPart(tuple(linears), _norms(config, list(arch.block_names(config, index)), "float.", random))
+
+    blocks = [block(index) for index in range(config.layers)]
     head = random_linear("qd8-f32-qc8w", config.vocab, config.hidden, name="lm_head", bias=False, seed=seed + 99)
-    outer = _norms(config, {"final_norm": config.hidden}, "head.float", random)
+    outer = _norms(config, list(arch.head_names(config)), "head.float.", random)
     if config.family == "opt":
-        positions = config.max_positions + config.position_offset
-        outer["embedding.float.embed_positions.weight"] = torch.randn(positions, config.hidden, generator=random)
+        shape = (config.max_positions + config.position_offset, config.hidden)
+        outer["embedding.float.embed_positions.weight"] = torch.randn(shape, generator=random)
     embedding = _embedding(config, embedding_bits, random)
-    return write_checkpoint(folder / "quantized", config, blocks, embedding, QuantizedPart((head,), outer), {})
+    return write_checkpoint(folder, config, blocks, embedding, QuantizedPart((head,), outer), {})
 
 
 class DequantizedWeights:
@@ -172,20 +173,13 @@ def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
-def _block_norms(config: DecoderConfig) -> dict[str, int]:
-    """Name -> width of a block's norms."""
-    norms = dict.fromkeys(family(config).NORMS, config.hidden)
-    return norms | (dict.fromkeys(("q_norm", "k_norm"), config.head_dim) if config.qk_norm else {})
-
-
-def _norms(config: DecoderConfig, widths: dict[str, int], prefix: str, random: torch.Generator) -> dict[str, Tensor]:
-    """Gains near one, and in OPT biases near zero."""
-    tensors = {
-        f"{prefix}.{name}.weight": 1 + 0.1 * torch.randn(size, generator=random) for name, size in widths.items()
-    }
-    if config.family == "opt":
-        tensors |= {f"{prefix}.{name}.bias": 0.1 * torch.randn(size, generator=random) for name, size in widths.items()}
-    return tensors
+def _norms(config: DecoderConfig, names: list[str], prefix: str, random: torch.Generator) -> dict[str, Tensor]:
+    """Those of `names` that are norms': gains near one, biases near zero."""
+    found = {}
+    for name in (name for name in names if "norm" in name):
+        width = config.head_dim if name.startswith(("q_norm", "k_norm")) else config.hidden
+        found[prefix + name] = 0.1 * torch.randn(width, generator=random) + name.endswith("weight")
+    return found
 
 
 def _embedding(config: DecoderConfig, bits: int, random: torch.Generator) -> QuantizedEmbedding:
