@@ -28,11 +28,6 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_data(value: Any) -> str:
-    """Hex sha256 of plain data in canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
 @contextlib.contextmanager
 def write_beside(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` when the body ends well and removed when it does not.
