@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from afq_export.backends import backend
 from afq_export.errors import InputError
 from afq_export.load.tokenizer import load_folder_tokenizer
 from afq_export.lower.bundle import Bundle
@@ -31,11 +32,9 @@ def generate(bundle: Bundle, prompt: str, tokens: int, *, chat: bool = False) ->
 
     Raises InputError when the prompt has no token, is longer than the program's context, or there is no template.
     """
-    from afq_export.runtime.executorch import ExecutorchSession
-
     tokenizer = load_folder_tokenizer(bundle.folder)
     ids = _ids(tokenizer, prompt, chat, bundle.folder)
-    session = ExecutorchSession(bundle.model)
+    session = backend(bundle.runtime).open_session(bundle)
     stop = _stop_ids(bundle.folder)
     start = time.perf_counter()
     found = session.generate(torch.tensor(ids), tokens, stop)

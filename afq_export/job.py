@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from afq_export import __version__
+from afq_export.backends import backend
 from afq_export.errors import InputError, MissingToolError
 from afq_export.files import sha256_file
 from afq_export.fold.forms import SiteChoice, choose_forms
@@ -40,7 +41,7 @@ TINY_CHANGES = (
 TINY_WINDOWS = 2
 USUAL_LENGTH, TINY_LENGTH = 512, 64
 """Tokens of an evaluation window."""
-VERSIONED = ("torch", "transformers", "tokenizers", "executorch", "safetensors", "numpy", "gguf")
+VERSIONED = ("torch", "transformers", "tokenizers", "executorch", "onnx", "onnxruntime", "safetensors", "numpy", "gguf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,7 @@ def resolve(request: Request) -> Job:
     recipe = load_recipe(request.recipe or target.default_recipe, changes)
     model, defaults = _model(request)
     records = assign(model.config, recipe, target)
+    backend(target.runtime).refuse(target, records)
     choices = choose_forms(model.config, recipe.transforms)
     tokenizer = open_tokenizer(model)
     calibration, evaluation = _corpora(request)

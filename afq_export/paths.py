@@ -15,7 +15,7 @@ class Kind(enum.Enum):
     RUN = "run folder"
     BUNDLE = "bundle"
     QUANTIZED = "quantized checkpoint"
-    PROGRAM = "ExecuTorch program"
+    PROGRAM = "program"
     MODEL = "model"
 
 
@@ -23,7 +23,7 @@ _MARKS = {
     "run.json": Kind.RUN, "manifest.json": Kind.BUNDLE, "quant.json": Kind.QUANTIZED, "config.json": Kind.MODEL,
 }  # fmt: skip
 """File in a folder -> what the folder is; a bundle has a config.json too, so the order counts."""
-_SUFFIXES = {".pte": Kind.PROGRAM, ".gguf": Kind.MODEL}
+_SUFFIXES = {".pte": Kind.PROGRAM, ".onnx": Kind.PROGRAM, ".gguf": Kind.MODEL}
 
 
 def kind_of(path: Path) -> Kind:

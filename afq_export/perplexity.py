@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from afq_export.backends import backend
 from afq_export.errors import InputError
 from afq_export.job import DEMO, DEMO_EVALUATION, open_corpus, window_length
 from afq_export.load.corpus import Windows, cut_windows
@@ -77,10 +78,8 @@ def open_subject(name: str, tokenizer: str | None = None) -> Subject:
         checkpoint = open_checkpoint(path)
         found = load_folder_tokenizer(Path(tokenizer)) if tokenizer else _tokenizer_beside(path)
         return Subject(name, "fake_quant", fake_quant_rung(checkpoint), found, checkpoint.config.max_positions)
-    from afq_export.runtime.executorch import ExecutorchSession
-
     bundle = open_bundle(bundle_folder(path))
-    session = ExecutorchSession(bundle.model)
+    session = backend(bundle.runtime).open_session(bundle)
     return Subject(name, "runtime", session, load_folder_tokenizer(bundle.folder), session.context)
 
 

@@ -10,9 +10,11 @@ import math
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
+from afq_export.backends import backend
 from afq_export.fold.forms import SiteChoice
 from afq_export.job import Job
 from afq_export.load.model import expected_shapes
+from afq_export.lower.bundle import MODEL_FILES
 from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.report.layers import LayerGroup, layer_groups
 from afq_export.runfolder import peak_rss_mb
@@ -39,10 +41,6 @@ PROGRAM_COPIES = 4
 """Copies of the program in memory while it is put together, written, read back and loaded."""
 EXPORT_MB, EXPORT_SECONDS = 120.0, 12.0
 """What the exporter takes by itself."""
-PROGRAM_BYTES = 8_000
-"""Graph, operators and metadata of a program with no block, and ..."""
-BLOCK_BYTES = 12_000
-"""... of each block."""
 
 
 class SitePlan(Data):
@@ -60,7 +58,7 @@ class SitePlan(Data):
 
 
 class Size(Data):
-    """Bytes of model.pte, by what they hold."""
+    """Bytes of the program, by what they hold."""
 
     linears: int
     head: int
@@ -99,6 +97,7 @@ class Plan(Data, kw_only=True):
     vocabulary: int
     recipe: str
     target: str
+    file: str
     out: str
     defaults: tuple[str, ...]
     calibration: str
@@ -123,6 +122,7 @@ def plan(job: Job, gflops: float) -> Plan:
         vocabulary=config.vocab,
         recipe=job.recipe.name,
         target=job.target.name,
+        file=MODEL_FILES[job.target.runtime],
         out=str(job.out),
         defaults=job.defaults,
         calibration=f"{len(calibration.ids_NT)} windows of {calibration.length} tokens of {calibration.corpus}",
@@ -137,17 +137,17 @@ def plan(job: Job, gflops: float) -> Plan:
 
 
 def program_size(job: Job) -> Size:
-    """Bytes of the program, counted: codes, scales, biases, rows, norms, position tables; its graph by experience."""
+    """Bytes of the program, counted: codes, scales, biases, rows, norms; what the format adds by its backend."""
     config, records = job.model.config, list(job.records.values())
     *blocks, head = (_linear_bytes(record, job) for record in records)
-    positions = min(config.max_positions, job.target.shapes.context)
-    tables = 2 * positions * config.head_dim * 4 if config.rope else 0
+    runtime = backend(job.target.runtime)
+    shared = config.tied and runtime.shares_rows(records[-1], job.recipe.embedding, job.target)
     norms = 4 * (_parameters(config) - sum(r.spec.outputs * r.spec.inputs for r in records[:-1]))
     return Size(
         linears=sum(blocks),
         head=head,
-        embedding=_embedding_bytes(job),
-        rest=tables + norms + PROGRAM_BYTES + BLOCK_BYTES * config.layers,
+        embedding=0 if shared else _embedding_bytes(job),
+        rest=norms + runtime.overhead(config, job.records, job.target),
     )
 
 

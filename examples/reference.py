@@ -17,6 +17,7 @@ from afq_export.cli import app
 from afq_export.files import write_text
 from afq_export.report.tables import Table
 from afq_export.spec.catalog import METHODS, SCHEMES, TARGETS, entries, load_target
+from afq_export.spec.target import Kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- made by examples/reference.py -->", "<!-- end -->"
@@ -49,6 +50,11 @@ def between_marks(page: str, made: str) -> str:
     return f"{before}{START}\n\n{made}\n\n{END}{after}"
 
 
+def activations(kernel: Kernel) -> str:
+    """What a kernel does with its input."""
+    return "float activations" if kernel.activation == "none" else f"{kernel.activation} int8 activations"
+
+
 def targets_table() -> Table:
     """What each target accepts and needs."""
     rows = []
@@ -56,7 +62,7 @@ def targets_table() -> Table:
         target = load_target(entry.name)
         accepts = "<br>".join(
             f"`{kernel.name}`: {kernel.granularity.value} weights of {', '.join(map(str, kernel.weight_bits))} bits, "
-            f"{kernel.activation} {kernel.activation_bits}-bit activations"
+            + activations(kernel)
             for kernel in target.kernels
         )
         rows.append((f"`{target.name}`", target.status, target.runtime, accepts, ", ".join(target.tools) or "nothing"))

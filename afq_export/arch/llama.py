@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from afq_export.arch.attention import apply_rope
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import Ops, Weights
 from afq_export.spec.sites import FoldSite, Form, SiteKind
@@ -132,7 +131,7 @@ def attention_in(
     if config.qk_norm:
         q, k = ops.norm("q_norm", q), ops.norm("k_norm", k)
     assert rope is not None, "the Llama family has rotary positions"
-    return apply_rope(q, *rope), apply_rope(k, *rope), v
+    return ops.rotate(q, rope), ops.rotate(k, rope), v
 
 
 def attention_out(config: DecoderConfig, ops: Ops, x_BTD: Tensor, a_BTHd: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afq_export.arch.attention import apply_rope
 from afq_export.arch.config import DecoderConfig
 
 Weights = Mapping[str, Tensor]
@@ -23,6 +24,9 @@ class Ops(Protocol):
 
     def norm(self, role: str, x: Tensor) -> Tensor:
         """RMSNorm or LayerNorm over the last dimension, weights included."""
+
+    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotary embedding of heads [B, T, H, d] by cos and sin [T, d]."""
 
     def activation(self, x: Tensor) -> Tensor:
         """The MLP's nonlinearity."""
@@ -43,6 +47,9 @@ class FloatOps:
             return F.layer_norm(x, (x.shape[-1],), weight, bias, self.config.norm_eps)
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
         return y if bias is None else y + bias
+
+    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return apply_rope(x, *rope)
 
     def activation(self, x: Tensor) -> Tensor:
         return activate(self.config.activation, x)

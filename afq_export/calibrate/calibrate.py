@@ -104,7 +104,8 @@ def _learn(
 
     learned = learn_block(problem, start, recipe.learning, seed, tick)
     ranges = {}
-    if recipe.activations.mode == "static":
+    activations = [record.spec.activation for record in problem.records.values()]
+    if any(grid is not None and not grid.dynamic for grid in activations):
         ranges = observe_ranges(problem, learned, recipe.ranges.method, batch)
     return _result(learned, ranges, rounded)
 

@@ -12,9 +12,11 @@ from afq_export.arch.ops import FloatOps, Weights
 from afq_export.quantize.activations import fake_quantize_dynamic, fake_quantize_static, range_grid
 from afq_export.quantize.checkpoint import LinearRecord, StaticRange
 from afq_export.quantize.grid import fake_quantize_weight, weight_scales
+from afq_export.spec.quant import QuantSpec
 
 Records = Mapping[str, LinearRecord]
-Ranges = Mapping[str, tuple[StaticRange, StaticRange]]
+Ranges = Mapping[str, tuple[StaticRange, StaticRange | None]]
+"""Role -> grid of the input, and of the output where the kernel leaves it on one."""
 
 
 class QuantizedPathOps(FloatOps):
@@ -27,19 +29,19 @@ class QuantizedPathOps(FloatOps):
     def __init__(self, config: DecoderConfig, weights: Weights, records: Records, ranges: Ranges | None = None) -> None:
         super().__init__(config, weights)
         self.records, self.ranges = records, ranges
-        self._shared: tuple[Tensor, Tensor] | None = None
+        self._shared: tuple[Tensor, QuantSpec, Tensor] | None = None
 
     def linear(self, role: str, x: Tensor) -> Tensor:
         spec = self.records[role].spec.activation
         if spec is None:
             return super().linear(role, x)
         if spec.dynamic:
-            if self._shared is None or self._shared[0] is not x:
-                self._shared = (x, fake_quantize_dynamic(x, spec))
-            return super().linear(role, self._shared[1])
-        known = self.ranges[role] if self.ranges else None
-        y = super().linear(role, fake_quantize_static(x, known[0] if known else seen_range(x)))
-        return fake_quantize_static(y, known[1] if known else seen_range(y))
+            if self._shared is None or self._shared[0] is not x or self._shared[1] != spec:
+                self._shared = (x, spec, fake_quantize_dynamic(x, spec))
+            return super().linear(role, self._shared[2])
+        before, after = self.ranges[role] if self.ranges else (None, None)
+        y = super().linear(role, fake_quantize_static(x, before or seen_range(x)))
+        return fake_quantize_static(y, after or seen_range(y)) if self.records[role].spec.output == "static" else y
 
 
 def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Records) -> dict[str, Tensor]:

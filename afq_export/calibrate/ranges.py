@@ -1,4 +1,5 @@
-"""Static activation ranges: one grid for every linear's input and output, from the calibration windows."""
+"""Static activation ranges from the calibration windows: a grid for every static linear's input, and for its output
+where the kernel leaves it on one."""
 
 from __future__ import annotations
 
@@ -17,6 +18,11 @@ from afq_export.quantize.checkpoint import StaticRange
 SAMPLES = 1 << 16
 """Values kept per tensor and batch for the search; the extremes are exact."""
 
+Method = Literal["minmax", "mse", "percentile"]
+
+OUTSIDE = 1e-4
+"""The part of the values that a percentile range leaves out at either end."""
+
 SHRINKS = tuple(1 - i / 50 for i in range(41))
 """Fractions of the full range that the search tries: 1.0 down to 0.2."""
 
@@ -33,38 +39,50 @@ class _Observer:
         flat = x.reshape(-1)
         self.samples.append(flat[:: max(1, len(flat) // SAMPLES)].clone())
 
-    def grid(self, method: Literal["minmax", "mse"]) -> StaticRange:
-        """The grid over the full range, or over the part of it with the least squared error on the sample."""
+    def grid(self, method: Method) -> StaticRange:
+        """The grid over the full range, over all but the OUTSIDE part of the sample at either end, or over the part of
+        the range with the least squared error on the sample."""
         if method == "minmax":
             return range_grid(self.low, self.high)
         x = torch.cat(self.samples)
+        if method == "percentile":
+            ordered, left_out = x.sort().values, int(len(x) * OUTSIDE)
+            return range_grid(float(ordered[left_out]), float(ordered[-1 - left_out]))
         grids = [range_grid(self.low * shrink, self.high * shrink) for shrink in SHRINKS]
         errors = [float((dequantize_static(quantize_static(x, g), g) - x).square().mean()) for g in grids]
         return grids[int(torch.tensor(errors).argmin())]
 
 
 class _ObservingOps(QuantizedPathOps):
-    """The quantized path, with every linear's input and output watched before they are quantized."""
+    """The quantized path, with every static linear's input and output watched before they are quantized."""
 
     def __init__(self, *args, seen: dict[str, tuple[_Observer, _Observer]]) -> None:
         super().__init__(*args)
         self.seen = seen
 
     def linear(self, role: str, x: Tensor) -> Tensor:
+        spec = self.records[role].spec
+        if spec.activation is None or spec.activation.dynamic:
+            return super().linear(role, x)
         before, after = self.seen.setdefault(role, (_Observer(), _Observer()))
         before.see(x)
         y = FloatOps.linear(self, role, fake_quantize_static(x, seen_range(x)))
         after.see(y)
-        return fake_quantize_static(y, seen_range(y))
+        return fake_quantize_static(y, seen_range(y)) if spec.output == "static" else y
 
 
 @torch.no_grad()
 def observe_ranges(
-    problem: BlockProblem, learned: Learned, method: Literal["minmax", "mse"], batch: int
-) -> dict[str, tuple[StaticRange, StaticRange]]:
-    """(input, output) grids by role, of the folded and weight-quantized block on its own inputs."""
+    problem: BlockProblem, learned: Learned, method: Method, batch: int
+) -> dict[str, tuple[StaticRange, StaticRange | None]]:
+    """(input, output) grids by role, of the folded and weight-quantized block on its own inputs; no output grid where
+    the kernel's result is float."""
     weights = quantized_block_weights(problem, learned.parameters, learned.opened, learned.stability_factor)
     seen: dict[str, tuple[_Observer, _Observer]] = {}
     for x in problem.inputs.split(batch):
         block(problem.config, _ObservingOps(problem.config, weights, problem.records, seen=seen), x)
-    return {role: (before.grid(method), after.grid(method)) for role, (before, after) in seen.items()}
+    kept = {role for role, record in problem.records.items() if record.spec.output == "static"}
+    return {
+        role: (before.grid(method), after.grid(method) if role in kept else None)
+        for role, (before, after) in seen.items()
+    }

@@ -28,7 +28,7 @@ class BlockResult:
 
     transforms: dict[str, SiteTransform]
     clips: dict[str, Tensor]
-    ranges: dict[str, tuple[StaticRange, StaticRange]]
+    ranges: dict[str, tuple[StaticRange, StaticRange | None]]
     history: History
 
 
@@ -54,7 +54,7 @@ class Calibration:
 
 class _Meta(Data):
     forms: dict[str, Form]
-    ranges: dict[str, tuple[StaticRange, StaticRange]]
+    ranges: dict[str, tuple[StaticRange, StaticRange | None]]
     history: History
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from afq_export.calibrate.parameters import UNCLIPPED, BlockParameters, SiteParameters
 from afq_export.calibrate.statistics import InputStatistics
 from afq_export.fold.forms import SiteChoice
-from afq_export.quantize.activations import fake_quantize_dynamic
+from afq_export.quantize.activations import INT8, fake_quantize_dynamic
 from afq_export.quantize.checkpoint import LinearRecord, dequantize
 from afq_export.quantize.grid import grouped, weight_codes, weight_scales
 from afq_export.spec.quant import QuantSpec
@@ -115,7 +115,7 @@ def quantize_rows(x: Tensor, spec: QuantSpec | None) -> Tensor:
         return x
     if spec.dynamic:
         return fake_quantize_dynamic(x, spec)
-    return fake_quantize_dynamic(x.reshape(1, -1), spec).view_as(x)
+    return fake_quantize_dynamic(x.reshape(1, -1), INT8).view_as(x)
 
 
 def _order(site: FoldSite, statistics: Statistics) -> Tensor:

@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from afq_export.backends import backend
 from afq_export.errors import InputError
 from afq_export.files import sha256_file
-from afq_export.lower.bundle import Bundle, open_bundle
+from afq_export.lower.bundle import MODEL_FILES, Bundle, open_bundle
 from afq_export.paths import Kind
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
 from afq_export.report.layers import LayerGroup, groups_text, layer_groups
@@ -19,8 +20,6 @@ from afq_export.spec.report import read_report
 from afq_export.spec.strict import Data
 
 STAGES = ("calibrate", "quantize", "lower", "validate")
-BITS = {"qc8w": "int8 per_channel", "qc4w": "int4 per_channel", "qb4w": "int4", "qs8": "int8 per_channel"}
-"""What reading a program back calls a kernel -> its weights' grid."""
 
 
 class Facts(Data):
@@ -84,35 +83,15 @@ def quantized(checkpoint: QuantizedCheckpoint) -> Facts:
 
 
 def program(path: Path) -> Facts:
-    """A .pte: its bytes, and the linears read back from it."""
-    from afq_export.lower.executorch.readback import read_program
-    from afq_export.runtime.executorch import check_program_file
-    from afq_export.runtime.library import load_runtime
-
-    load_runtime()
-    check_program_file(path)
-    content = read_program(path.read_bytes())
-    shapes = Counter((linear.kind, *linear.shape, linear.scales.shape[1]) for linear in content.linears)
+    """A program file: its bytes, and the linears read back from it."""
+    runtime = next(name for name, file in MODEL_FILES.items() if Path(file).suffix == path.suffix)
+    inside, linears = backend(runtime).describe(path)
     groups = tuple(
-        LayerGroup(
-            linears="read back from the file",
-            count=count,
-            outputs=outputs,
-            inputs=inputs,
-            weight=BITS[kind] + (f" g{inputs // scales}" if kind == "qb4w" else ""),
-            activation="int8 static" if kind == "qs8" else "int8 dynamic",
-            kernel=kind,
-        )
-        for (kind, outputs, inputs, scales), count in shapes.items()
+        LayerGroup("read back from the file", count, outputs, inputs, weight, activation, kernel)
+        for (kernel, outputs, inputs, weight, activation), count in Counter(linears).items()
     )
-    facts = {
-        "file": str(path),
-        "size": size_mb(path.stat().st_size),
-        "sha256": sha256_file(path),
-        "delegates": content.delegates,
-        "operators outside them": sum(content.calls.values()),
-    }
-    return Facts(Kind.PROGRAM.value, facts, groups)
+    facts = {"file": str(path), "size": size_mb(path.stat().st_size), "sha256": sha256_file(path)}
+    return Facts(Kind.PROGRAM.value, facts | inside, groups)
 
 
 def bundle(opened: Bundle) -> Facts:

@@ -43,7 +43,7 @@ def _text(plan: Plan) -> str:
         "run folder": plan.out,
     }
     estimates = {
-        "model.pte": f"{size_mb(size.total)} ({parts})",
+        plan.file: f"{size_mb(size.total)} ({parts})",
         "memory": f"about {memory.calibrate:.0f} MB to calibrate, {memory.lower:.0f} MB to lower",
         "time": f"about {duration(time.calibrate)} to calibrate, {duration(time.lower)} to lower, "
         f"{duration(time.validate)} to validate, at the {time.gflops:.0f} GFLOP/s measured just now",

@@ -1,6 +1,6 @@
 """The bundle: the folder that ships, whole and hashed.
 
-model.pte, model.bpte                the program; the same with test vectors
+model.pte | model.onnx, ...          the program and what belongs to it (afq_export/backends)
 tokenizer.json, ..., chat_template   as the source model's
 config.json, generation_config.json  the source model's
 recipe.toml, target.toml             what it was made with and for
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -27,7 +27,7 @@ from afq_export.spec.strict import to_toml
 from afq_export.spec.target import TargetProfile
 
 MANIFEST = "manifest.json"
-MODEL_FILES = {"executorch": "model.pte"}
+MODEL_FILES = {"executorch": "model.pte", "onnxruntime": "model.onnx"}
 """Runtime -> the file that it loads."""
 
 
@@ -39,10 +39,20 @@ class Bundle:
     manifest: Manifest
 
     @property
+    def runtime(self) -> str:
+        """The runtime that the exported file is for."""
+        return next(runtime for runtime, name in MODEL_FILES.items() if name in self.manifest.files)
+
+    @property
     def model(self) -> Path:
         """The exported file."""
-        present = [name for name in MODEL_FILES.values() if name in self.manifest.files]
-        return self.folder / present[0]
+        return self.folder / MODEL_FILES[self.runtime]
+
+    @property
+    def model_bytes(self) -> int:
+        """Size of the exported file and of the tensors beside it."""
+        beside = [self.folder / name for name in self.manifest.files if name == f"{self.model.name}.data"]
+        return sum(path.stat().st_size for path in (self.model, *beside))
 
 
 def describe(recipe: Recipe, target: TargetProfile, folder: Path) -> None:
@@ -72,7 +82,8 @@ def save_model_files(model: FloatCheckpoint, tokenizer: Any, folder: Path) -> No
 
 def seal(folder: Path, manifest: Manifest) -> Bundle:
     """Writes manifest.json over every file that is in the folder now."""
-    files = {p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files = {name: sha256_file(path) for name, path in sorted(paths.items()) if name != MANIFEST}
     sealed = msgspec.structs.replace(manifest, files=files)
     write_text(folder / MANIFEST, to_json(sealed))
     return Bundle(folder, sealed)
@@ -91,7 +102,7 @@ def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
         raise InputError("the manifest does not fit", where=str(folder / MANIFEST), why=str(error)) from error
     for name, digest in manifest.files.items():
         path = folder / name
-        if Path(name).name != name or path.is_symlink():
+        if not _inside(folder, name):
             raise InputError("the manifest names a file outside of the bundle", where=f"{folder}: {name}")
         if not reports and name in REPORTS:
             continue
@@ -107,6 +118,14 @@ def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
     if not any(name in manifest.files for name in MODEL_FILES.values()):
         raise InputError("the bundle has no model file", where=str(folder))
     return Bundle(folder, manifest)
+
+
+def _inside(folder: Path, name: str) -> bool:
+    """Whether `name` is a relative path without `..`, none of whose parts is a link."""
+    parts = PurePosixPath(name).parts
+    if not parts or name != "/".join(parts) or ".." in parts or "\\" in name or Path(name).is_absolute():
+        return False
+    return not any(folder.joinpath(*parts[: count + 1]).is_symlink() for count in range(len(parts)))
 
 
 REPORTS = ("report.json", "report.md", "README.md")

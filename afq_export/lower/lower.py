@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from afq_export.backends import backend
 from afq_export.files import folder_beside
 from afq_export.job import Job, versions
-from afq_export.lower.bundle import MODEL_FILES, Bundle, describe, new_manifest, open_bundle, save_model_files, seal
+from afq_export.lower.bundle import Bundle, describe, new_manifest, open_bundle, save_model_files, seal
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
 
 VECTOR_TOKENS = 8
-"""Tokens of the test vector in model.bpte."""
+"""Tokens of the test vectors."""
 
 
 def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Progress) -> Bundle:
@@ -24,8 +22,8 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
     checkpoint's integers.
     """
     with folder_beside(folder) as part:
-        model = part / MODEL_FILES[job.target.runtime]
-        write_program(checkpoint, job, model, job.calibration.ids_NT[0, :VECTOR_TOKENS], progress)
+        vector = job.calibration.ids_NT[0, :VECTOR_TOKENS]
+        backend(job.target.runtime).write(checkpoint, job.target, part, vector, provenance(checkpoint, job), progress)
         save_model_files(job.model, job.tokenizer, part)
         describe(job.recipe, job.target, part)
         command = command_line(job)
@@ -33,17 +31,17 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
     return open_bundle(folder)
 
 
-def write_program(checkpoint: QuantizedCheckpoint, job: Job, model: Path, vector: Tensor, progress: Progress) -> None:
-    """model.pte, and model.bpte with a test vector: first tokens of the calibration text and the runtime's logits."""
-    from afq_export.lower.executorch.bundled import bundled_program
-    from afq_export.lower.executorch.program import lower_program
-    from afq_export.runtime.executorch import ExecutorchSession
-
-    program = lower_program(checkpoint, job.target, progress)
-    model.write_bytes(program.pte)
-    logits = ExecutorchSession(model).logits(vector)
-    case = ([vector[None], torch.zeros(1, dtype=torch.int64)], [logits[None]])
-    model.with_suffix(".bpte").write_bytes(bundled_program(program.pte, [case]))
+def provenance(checkpoint: QuantizedCheckpoint, job: Job) -> dict[str, str]:
+    """What a program says about itself where its format has room: model, recipe, target, digests, versions."""
+    made = {f"version.{name}": number for name, number in versions().items()}
+    return {
+        "model": Path(job.model.name).name,
+        "weights_sha256": job.model.digest,
+        "checkpoint_sha256": checkpoint.digest,
+        "recipe": job.recipe.name,
+        "target": job.target.name,
+        "seed": str(job.request.seed),
+    } | made
 
 
 def command_line(job: Job) -> list[str]:

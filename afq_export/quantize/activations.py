@@ -1,7 +1,9 @@
 """Activations on a grid, with the arithmetic of the kernels that do it at run time: the one definition that
 calibration learns against, fake quantization uses, and the integer models start from.
 
-Every operation is float32, one after the other, as XNNPACK (ExecuTorch 1.5) does it.
+Every operation is float32, one after the other. The grid says whose arithmetic it is: asymmetric per token is XNNPACK's
+(ExecuTorch 1.5), symmetric per token the nodes that our ONNX files have, symmetric per group ONNX Runtime's MatMulNBits
+at accuracy level 4.
 """
 
 from __future__ import annotations
@@ -17,20 +19,71 @@ from afq_export.spec.quant import Granularity, QuantSpec
 INT8 = QuantSpec(8, Granularity.PER_TOKEN, symmetric=False, dynamic=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenCodes:
-    """Activations on one grid per token: `x ~ step * (code - zero_point)`.
+LEAST_LARGEST = 2.0**-90
+"""The largest |x| that a symmetric grid is made for at least, so that its step is a normal float32."""
 
-    `codes` [..., I] and `zero_point` [..., 1] are whole numbers held in float32; `step` [..., 1] is float32.
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Activations on grids of their own: `x ~ step * (code - zero_point)`.
+
+    `codes` [..., I], or [..., G, g] on a grid per group, and `zero_point` [..., 1] are whole numbers held in float32;
+    `step` [..., 1] is float32. `width` is I; `grouped`: a grid per group.
     """
 
     codes: Tensor
     zero_point: Tensor
     step: Tensor
+    width: int
+    grouped: bool = False
 
     def dequantized(self) -> Tensor:
         """Float32 [..., I]."""
-        return (self.codes - self.zero_point) * self.step
+        values = (self.codes - self.zero_point) * self.step
+        return values.flatten(-2)[..., : self.width] if self.grouped else values
+
+
+def quantize_dynamic(x: Tensor, spec: QuantSpec) -> Codes:
+    """`x` [..., I] on the dynamic grid of `spec`, as the kernel does it. Raises ValueError for other grids."""
+    match spec.granularity, spec.symmetric:
+        case Granularity.PER_TOKEN, False:
+            return quantize_tokens(x, spec)
+        case Granularity.PER_TOKEN, True:
+            return quantize_symmetric(x, spec)
+        case Granularity.PER_GROUP, True:
+            return quantize_groups(x, spec)
+    raise ValueError(f"no dynamic activation grid {spec}, symmetric {spec.symmetric}")
+
+
+def quantize_symmetric(x: Tensor, spec: QuantSpec) -> Codes:
+    """One symmetric grid per token: `step = largest |x| / 127`, `code = x / step` rounded half to even."""
+    step = x.abs().amax(-1, keepdim=True).clamp_min(LEAST_LARGEST) / spec.qmax
+    return Codes((x / step).round(), torch.zeros_like(step), step, x.shape[-1])
+
+
+def quantize_groups(x: Tensor, spec: QuantSpec) -> Codes:
+    """One symmetric grid per token and group: codes [..., G, g], step [..., G, 1]; a short last group is padded with 0.
+
+    `code = x * (127 / largest |x|)`, which rounds twice, as the kernel does; a group of zeros, or so small that the
+    quotient is not finite, has codes 0.
+    """
+    width = x.shape[-1]
+    groups = torch.nn.functional.pad(x, (0, -width % spec.group)).unflatten(-1, (-1, spec.group))
+    largest = groups.abs().amax(-1, keepdim=True)
+    # `full / tensor`, not `number / tensor`: torch computes the latter as reciprocal * number, which rounds twice.
+    scale = torch.full_like(largest, spec.qmax) / largest
+    scale = torch.where(scale.isfinite(), scale, 0.0)
+    return Codes((groups * scale).round(), torch.zeros_like(scale), largest / spec.qmax, width, grouped=True)
+
+
+def unrounded(x: Tensor, spec: QuantSpec) -> Tensor:
+    """What `quantize_dynamic` rounds, zero points included: float32, one row per token."""
+    if not spec.symmetric:
+        scale, zero_point = token_grids(x, spec)
+        return torch.cat((x * scale, zero_point), dim=-1)
+    codes = quantize_dynamic(x, spec)
+    steps = codes.step.expand_as(codes.codes).flatten(-2) if codes.grouped else codes.step
+    return torch.where(steps == 0, 0.0, torch.nn.functional.pad(x, (0, -x.shape[-1] % max(spec.group, 1))) / steps)
 
 
 def token_grids(x: Tensor, spec: QuantSpec = INT8) -> tuple[Tensor, Tensor]:
@@ -48,12 +101,12 @@ def token_grids(x: Tensor, spec: QuantSpec = INT8) -> tuple[Tensor, Tensor]:
     return scale, zero_point.clamp(spec.qmin, spec.qmax)
 
 
-def quantize_tokens(x: Tensor, spec: QuantSpec = INT8) -> TokenCodes:
-    """Dynamic quantization: one asymmetric grid per token row of `x` [..., I]."""
+def quantize_tokens(x: Tensor, spec: QuantSpec = INT8) -> Codes:
+    """One asymmetric grid per token row of `x` [..., I]."""
     scale, zero_point = token_grids(x, spec)
     zero_point = zero_point.round()
     codes = (x * scale).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
-    return TokenCodes(codes, zero_point, scale.reciprocal())
+    return Codes(codes, zero_point, scale.reciprocal(), x.shape[-1])
 
 
 def scaled_static(x: Tensor, grid: StaticRange) -> Tensor:
@@ -72,8 +125,8 @@ def dequantize_static(codes: Tensor, grid: StaticRange) -> Tensor:
 
 
 def fake_quantize_dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
-    """x on its own per-token grid; the gradient is the identity, since a dynamic range clips nothing."""
-    return _StraightThrough.apply(x, lambda v: quantize_tokens(v, spec).dequantized())
+    """x on its own dynamic grid; the gradient is the identity, since a dynamic range clips nothing."""
+    return _StraightThrough.apply(x, lambda v: quantize_dynamic(v, spec).dequantized())
 
 
 def fake_quantize_static(x: Tensor, grid: StaticRange) -> Tensor:

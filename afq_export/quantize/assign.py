@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Mapping
 
 import msgspec
 
@@ -30,14 +31,26 @@ def assign(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> dict
     for index in range(config.layers):
         for role, (outputs, inputs, bias) in family(config).linear_shapes(config).items():
             name = linear_name(index, role)
-            spec = LinearSpec(name, outputs, inputs, bias, _grid(recipe, name), _activation(recipe.activations))
-            records[name] = _fit(spec, recipe, target)
+            records[name] = _fit(
+                _spec(name, outputs, inputs, bias, recipe.weights, recipe.activations, recipe), recipe, target
+            )
     head = Activations("none") if recipe.activations.mode == "none" else Activations("dynamic", 8)
-    spec = LinearSpec(HEAD, config.vocab, config.hidden, False, _weight(recipe.head), _activation(head))
-    if (override := _override(recipe, HEAD)) is not None:
-        spec = msgspec.structs.replace(spec, weight=_overridden(recipe.head, override))
-    records[HEAD] = _fit(spec, recipe, target)
+    records[HEAD] = _fit(_spec(HEAD, config.vocab, config.hidden, False, recipe.head, head, recipe), recipe, target)
+    session_options(records, target)
     return records
+
+
+def session_options(records: Mapping[str, LinearRecord], target: TargetProfile) -> dict[str, str]:
+    """The target's session options and those of the kernels in use. Raises InputError when two kernels disagree."""
+    options = dict(target.onnx.session) if target.onnx else {}
+    asked: dict[str, Kernel] = {}
+    for kernel in {record.kernel: target.kernel(record.kernel) for record in records.values()}.values():
+        for key, value in kernel.session.items():
+            if key in asked and options[key] != value:
+                why = f"{key}: {asked[key].name} needs {options[key]}, {kernel.name} {value}; a session has one value"
+                raise InputError("two kernels exclude each other", where=target.name, why=why)
+            options[key], asked[key] = value, kernel
+    return options
 
 
 def _fit(spec: LinearSpec, recipe: Recipe, target: TargetProfile) -> LinearRecord:
@@ -59,9 +72,18 @@ def _fit(spec: LinearSpec, recipe: Recipe, target: TargetProfile) -> LinearRecor
 
 
 def _record(spec: LinearSpec, kernel: Kernel, note: str) -> LinearRecord:
-    """Scales are rounded to what the kernel keeps, so the grid says so from here on."""
+    """Scales are rounded to what the kernel keeps and activations lie on its grid: the record says so from here on."""
     weight = msgspec.structs.replace(spec.weight, scale_type=kernel.scale_type)
-    return LinearRecord(msgspec.structs.replace(spec, weight=weight), kernel.name, note=note)
+    activation = spec.activation
+    if activation is not None and activation.dynamic:
+        activation = msgspec.structs.replace(
+            activation,
+            granularity=kernel.activation_granularity,
+            symmetric=kernel.activation_symmetric,
+            group=weight.group if kernel.activation_granularity is Granularity.PER_GROUP else 0,
+        )
+    chosen = msgspec.structs.replace(spec, weight=weight, activation=activation, output=kernel.output)
+    return LinearRecord(chosen, kernel.name, note=note)
 
 
 def _fallbacks(weight: QuantSpec, recipe: Recipe) -> list[QuantSpec]:
@@ -71,9 +93,17 @@ def _fallbacks(weight: QuantSpec, recipe: Recipe) -> list[QuantSpec]:
     return [per_channel] + ([QuantSpec(8, Granularity.PER_CHANNEL)] if recipe.fallback == "int8" else [])
 
 
-def _grid(recipe: Recipe, name: str) -> QuantSpec:
-    override = _override(recipe, name)
-    return _weight(recipe.weights) if override is None else _overridden(recipe.weights, override)
+def _spec(
+    name: str, outputs: int, inputs: int, bias: bool, weights: Weights, activations: Activations, recipe: Recipe
+) -> LinearSpec:
+    """What the recipe asks of a linear, its override included."""
+    weight, override = _weight(weights), _override(recipe, name)
+    if override is not None:
+        weight = _overridden(weights, override)
+        if override.activations is not None:
+            activations = msgspec.structs.replace(activations, mode=override.activations)
+    output = activations.output if activations.mode == "static" else "any"
+    return LinearSpec(name, outputs, inputs, bias, weight, _activation(activations), output)
 
 
 def _override(recipe: Recipe, name: str) -> Override | None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from afq_export.report import tables
 from afq_export.spec.report import ValidationReport
+
+LIBRARIES = {".pte": "executorch", ".onnx": "onnx"}
+"""Suffix of the exported file -> the library's name on the Hugging Face hub."""
 
 
 def model_card(report: ValidationReport, base_model: str | None = None, licence: str | None = None) -> str:
@@ -38,7 +42,7 @@ def model_card(report: ValidationReport, base_model: str | None = None, licence:
 def _front_matter(report: ValidationReport, base_model: str | None, licence: str | None) -> str:
     """YAML between `---` lines; strings are JSON strings, which are YAML."""
     fields: list[tuple[str, str | list[str]]] = [
-        ("library_name", "executorch"),
+        ("library_name", LIBRARIES.get(Path(report.artifact.name).suffix if report.artifact else "", "afq-export")),
         ("pipeline_tag", "text-generation"),
         ("tags", ["afq-export", "affinequant", "quantized", report.target, report.recipe]),
     ]

@@ -48,9 +48,12 @@ def entries(folder: str) -> list[Entry]:
 
 
 def load_target(name: str) -> TargetProfile:
-    """A shipped target's name or the path of a TOML file. Raises InputError with the names there are."""
+    """A shipped target's name or the path of a TOML file. Raises InputError with the names there are.
+
+    A file may start from a shipped one with `base = "linux-arm64-ort"` and change any field.
+    """
     path = _find(name, TARGETS, "target")
-    return convert(read_toml(path), TargetProfile, str(path))
+    return convert(_on_base(read_toml(path)), TargetProfile, str(path))
 
 
 def load_recipe(name: str, changes: tuple[str, ...] = ()) -> Recipe:
@@ -91,11 +94,23 @@ def load_corpus(name: str) -> tuple[CorpusSpec, Path] | Path:
     return convert(read_toml(path), CorpusSpec, str(path)), path.parent
 
 
+def _on_base(data: dict[str, Any]) -> dict[str, Any]:
+    """`data` on top of the shipped target that it names as its base, if it does, and that on its own."""
+    own = dict(data)
+    base = own.pop("base", None)
+    return own if base is None else _merged(_on_base(read_toml(_shipped(base, TARGETS, "target"))), own)
+
+
 def _find(name: str, folder: str, kind: str) -> Path:
     if _is_path(name):
         if not Path(name).is_file():
             raise InputError(f"no such {kind}", where=name, why="there is no such file")
         return Path(name)
+    return _shipped(name, folder, kind)
+
+
+def _shipped(name: str, folder: str, kind: str) -> Path:
+    """The file of a shipped name. A base is always one, so that no chain of files can be a circle."""
     path = data_root() / folder / f"{name}.toml"
     names = [p.stem for p in sorted(path.parent.glob("*.toml"))]
     if name not in names:

@@ -6,6 +6,7 @@ Shapes: O output features, I input features, G groups along I (1 when per channe
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 from afq_export.spec.strict import Data
 
@@ -63,7 +64,8 @@ class LinearSpec(Data):
     """One linear layer `y[.., O] = x[.., I] W[O, I]^T + b` and the grids of its weight and its input.
 
     `name` is `blocks.<i>.<role>` or `lm_head`. `activation` None means that the input stays float.
-    A static `activation` (not dynamic) means that input *and* output are quantized per tensor with stored ranges.
+    A static `activation` (not dynamic) means an input quantized per tensor with a stored range. `output` says whether
+    the result is left on a stored grid as well: `any` as long as no kernel is chosen.
     """
 
     name: str
@@ -72,6 +74,7 @@ class LinearSpec(Data):
     bias: bool
     weight: QuantSpec
     activation: QuantSpec | None
+    output: Literal["any", "float", "static"] = "any"
 
     @property
     def block(self) -> int | None:

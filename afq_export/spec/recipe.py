@@ -27,10 +27,13 @@ class Weights(Data):
 
 
 class Activations(Data):
-    """Grid of the linears' inputs: `dynamic` per token, `static` per tensor from calibration, or `none` (float)."""
+    """Grid of the linears' inputs: `dynamic` as the kernel does it at run time, `static` per tensor from calibration,
+    or `none` (float). `output`: whether a static linear's result is put on a stored grid too; `any` takes the first
+    kernel that the target has."""
 
     mode: Literal["dynamic", "static", "none"] = "dynamic"
     bits: Annotated[int, Meta(ge=2, le=16)] = 8
+    output: Literal["any", "float", "static"] = "any"
 
 
 class Embedding(Data):
@@ -41,11 +44,13 @@ class Embedding(Data):
 
 
 class Override(Data):
-    """Other bits or groups for the linears whose name matches `pattern` (shell style: `blocks.*.down_proj`)."""
+    """Other bits, groups or activations for the linears whose name matches `pattern` (shell style:
+    `blocks.*.down_proj`)."""
 
     pattern: str
     bits: Bits | None = None
     group: Annotated[int, Meta(ge=0)] | None = None
+    activations: Literal["dynamic", "static", "none"] | None = None
 
 
 class Transforms(Data):
@@ -91,9 +96,10 @@ class Learning(Data):
 
 
 class Ranges(Data):
-    """Static activation ranges: the extremes seen, or the range with the least squared error on them."""
+    """Static activation ranges: the extremes seen, the range with the least squared error on them, or the one that
+    leaves out 0.01 % of the values at either end."""
 
-    method: Literal["minmax", "mse"] = "mse"
+    method: Literal["minmax", "mse", "percentile"] = "mse"
 
 
 class Samples(Data):

@@ -199,6 +199,38 @@ class Model(Data):
     parameters: int | None = None
 
 
+class DeviceReport(Data, kw_only=True):
+    """The exported file on one device against the same file in the same runtime on this machine, teacher-forced.
+
+    `family` and `instructions`: the kernels that ran, and the distinct instructions that tell (arm64/instructions.py).
+    `operators`: executed node types and how many of each, where the runtime profiles them. `linears`: how many were
+    run alone on the same inputs, `exact_linears` of them gave the same bits, `linear_error` is the largest difference
+    over the largest |output|, of `worst_linear`. `bit_for_bit`: share of tokens all of whose logits are equal.
+    `max_relative_error`: largest difference over the largest |logit|. `here` and `there`: the two perplexities.
+    `seconds`: per window on the device; under emulation they say nothing of its speed.
+    """
+
+    device: str
+    runtime: str
+    emulator: str | None
+    family: str
+    instructions: dict[str, int]
+    operators: dict[str, int]
+    linears: int
+    exact_linears: int
+    worst_linear: str | None
+    linear_error: float
+    windows: int
+    window: int
+    bit_for_bit: float
+    max_relative_error: float
+    top1: float
+    here: Perplexity
+    there: Perplexity
+    seconds: tuple[float, ...]
+    note: str = ""
+
+
 class ValidationReport(Data, kw_only=True):
     """report.json. `verdict` is `pass` only when no check failed and none that the verdict needs was skipped."""
 
@@ -219,6 +251,8 @@ class ValidationReport(Data, kw_only=True):
     checks: tuple[Check, ...]
     calibration: tuple[History, ...] = ()
     """Per block, in order; empty when the calibration is not at hand."""
+    devices: tuple[DeviceReport, ...] = ()
+    """Devices that `validate --on` named."""
 
 
 class ManifestModel(Data):

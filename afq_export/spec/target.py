@@ -14,22 +14,47 @@ from afq_export.spec.strict import Data
 class Kernel(Data):
     """One integer linear kernel of the runtime: what it accepts, and the arithmetic it promises.
 
-    `stored_bits` is what a code occupies in the file. `symmetric` weights have zero point 0. `group_multiple_of` and
-    `inputs_multiple_of` are hard limits of the kernel; `scale_type` is what it keeps scales in. `arithmetic` names the
-    integer model in afq_export/validate/integer. `max_relative_error` 0 means bit for bit (`==`); otherwise it
-    is the bound on |kernel - model| over the largest |output|, and `reason` says why it is not zero.
+    `stored_bits` is what a code occupies in the file. `symmetric` weights have zero point 0. `group_multiple_of`,
+    `groups` (all sizes there are), `inputs_multiple_of`, `outputs_multiple_of` and `takes_bias` are hard limits of the
+    kernel; with `ragged_groups` the last group may be short. `scale_type` is what it keeps scales in. `arithmetic` is
+    `module.function` of the integer model in afq_export/validate/integer. `max_relative_error` 0 means bit for bit
+    (`==`); otherwise it is the bound on |kernel - model| over the largest |output|, and `reason` says why it is not 0.
+
+    `activation_granularity` and `activation_symmetric` are the grid that a dynamic kernel puts its input on (a group is
+    the weight's group); `output` is `static` when it leaves its result on a stored grid. `runs_as` is the operator
+    that the runtime's profile must show, `session` the session options that it needs, `opset` the least ONNX opset
+    that has its types.
     """
 
     name: str
-    arithmetic: Literal["dynamic_per_channel", "dynamic_per_group", "static_per_channel"]
+    arithmetic: Literal[
+        "xnnpack.dynamic_per_channel",
+        "xnnpack.dynamic_per_group",
+        "xnnpack.static_per_channel",
+        "onnxruntime.static_to_float",
+        "onnxruntime.static_requantized",
+        "onnxruntime.dynamic_per_token",
+        "onnxruntime.dynamic_per_block",
+        "onnxruntime.weight_only",
+    ]
     weight_bits: tuple[int, ...]
     stored_bits: int
     granularity: Granularity
     activation: Literal["dynamic", "static", "none"]
     activation_bits: int = 8
+    activation_granularity: Granularity = Granularity.PER_TOKEN
+    activation_symmetric: bool = False
+    output: Literal["float", "static"] = "float"
     group_multiple_of: int = 1
+    groups: tuple[int, ...] = ()
+    ragged_groups: bool = False
     inputs_multiple_of: int = 1
+    outputs_multiple_of: int = 1
+    takes_bias: bool = True
     scale_type: ScaleType = ScaleType.FLOAT32
+    runs_as: str = ""
+    session: dict[str, str] = {}
+    opset: int = 0
     max_relative_error: float = 0.0
     reason: str = ""
 
@@ -42,14 +67,22 @@ class Kernel(Data):
             return f"{self.name} takes {self.activation} activations, not {mode}"
         if spec.activation is not None and spec.activation.bits != self.activation_bits:
             return f"{self.name} takes {self.activation_bits}-bit activations, not {spec.activation.bits}"
+        if spec.output not in ("any", self.output):
+            return f"{self.name} leaves its output {self.output}, not {spec.output}"
         if weight.granularity is not self.granularity:
             return f"{self.name} takes {self.granularity.value} weights, not {weight.granularity.value}"
         if not weight.symmetric:
             return f"{self.name} takes symmetric weights only: the runtime ignores a weight zero point silently"
         if self.granularity is Granularity.PER_GROUP and weight.group % self.group_multiple_of:
             return f"{self.name} takes groups that are a multiple of {self.group_multiple_of}, not {weight.group}"
-        if self.granularity is Granularity.PER_GROUP and spec.inputs % weight.group:
+        if self.groups and self.granularity is Granularity.PER_GROUP and weight.group not in self.groups:
+            return f"{self.name} takes groups of {_join(self.groups)}, not {weight.group}"
+        if self.granularity is Granularity.PER_GROUP and spec.inputs % weight.group and not self.ragged_groups:
             return f"{self.name} takes whole groups only: {spec.inputs} inputs are not a multiple of {weight.group}"
+        if spec.bias and not self.takes_bias:
+            return f"{self.name} takes no bias"
+        if spec.outputs % self.outputs_multiple_of:
+            return f"{self.name} takes a multiple of {self.outputs_multiple_of} outputs, not {spec.outputs}"
         if spec.inputs % self.inputs_multiple_of:
             return f"{self.name} takes a multiple of {self.inputs_multiple_of} inputs, not {spec.inputs}"
         return ""
@@ -76,17 +109,38 @@ class Shapes(Data):
     prefill: Annotated[int, Meta(ge=2)]
 
 
+class OnnxOptions(Data):
+    """How the ONNX file is written and run.
+
+    `session` are options that may change the arithmetic: `graph_optimization_level` (disable, basic, extended, all)
+    and configuration entries of ONNX Runtime. `providers` are the execution providers, in order; one that is not there
+    is refused. `explicit_zero_points` writes weight zero points of 0 into the file. `ort_format` adds model.ort and
+    the list of operators that a minimal build needs. Tensors of more than `external_data_mb` together go to
+    model.onnx.data.
+    """
+
+    opset: int = 23
+    ir_version: int = 11
+    external_data_mb: int = 1024
+    explicit_zero_points: bool = False
+    ort_format: bool = False
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    session: dict[str, str] = {}
+
+
 class TargetProfile(Data):
     """One deployment target, as its TOML states it. `tools` are Python modules that lowering and running need."""
 
     name: str
     description: str
     status: Literal["verified", "compiles", "untested"]
-    runtime: Literal["executorch"]
+    runtime: Literal["executorch", "onnxruntime"]
     backend: str
     default_recipe: str
     shapes: Shapes
     kernels: tuple[Kernel, ...]
+    onnx: OnnxOptions | None = None
+    """What an `onnxruntime` target needs besides; None for the others."""
     embedding_bits: tuple[int, ...] = (8, 32)
     tools: tuple[str, ...] = ()
     float_ops: tuple[str, ...] = ()

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
+from torch import Tensor
+
 from afq_export.errors import MissingToolError
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.load.corpus import Windows
@@ -68,11 +70,13 @@ class Runtime:
 
     `float_parts` gives the runtime's own float operators, run alone: with them the integer reference can be compared
     bit for bit; without them (None) torch computes between the linears, and float32 noise flips a code now and then.
+    `more` are checks that only this runtime needs, on tokens int64 [T].
     """
 
     open_session: Callable[[], Session]
     probe: Probe
-    float_parts: Callable[[QuantizedCheckpoint, Session], FloatParts] | None = None
+    float_parts: Callable[[Session], FloatParts] | None = None
+    more: Callable[[Tensor], list[Check]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,8 @@ def validate(
     checks.append(_fold_check(fold, subject))
     layers, layer_check = _layers(subject, runtime, effort, progress)
     checks.append(layer_check)
+    if runtime.more and "runtime" in rungs:
+        checks += runtime.more(subject.windows.ids_NT[0])
     disagreements = _disagreements(subject, measurement, progress)
     checks.append(_reference_check(subject.target, figures["fake_quant"].value, figures["integer"].value))
     checks += _runtime_checks(subject.target, measurement, disagreements)
@@ -178,7 +184,7 @@ def _rungs(
         reason = f"windows of {subject.windows.length} tokens, the file takes {session.context}"
         checks.append(_skipped("rung runtime", reason))
         return rungs, None
-    parts = ComparedParts(runtime.float_parts(checkpoint, session)) if runtime.float_parts else None
+    parts = ComparedParts(runtime.float_parts(session)) if runtime.float_parts else None
     return rungs | {"integer": integer_rung(checkpoint, target, parts=parts), "runtime": session}, parts
 
 
@@ -233,7 +239,8 @@ def _layers(
     exact = sum(bool(layer.exact) for layer in layers)
     detail = f"{exact} of {len(layers)} linears equal the integer model bit for bit on {len(ids_T)} tokens"
     if exact < len(layers) and not wrong:
-        detail += ", the others within the target's bound"
+        worst = max(layer.max_relative_error or 0.0 for layer in layers)
+        detail += f", the others within the target's bound (largest error {worst:.1e})"
     if wrong:
         detail += f"; {len(wrong)} depart, first {wrong[0]}"
     return layers, Check(name="layers", status="failed" if wrong else "passed", detail=detail)
@@ -306,6 +313,10 @@ def _order(check: Check) -> int:
         "fold",
         "reference",
         "layers",
+        "kernels",
+        "specification",
+        "saturation",
+        "ort file",
         "float operators",
         "perplexity",
         "agreement",

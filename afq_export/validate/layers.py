@@ -12,12 +12,12 @@ from torch import Tensor
 from afq_export.arch import decoder
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.progress import Progress, silent
-from afq_export.quantize.activations import quantize_tokens
+from afq_export.quantize.activations import quantize_dynamic
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.quant import linear_name
 from afq_export.spec.report import LayerReport
 from afq_export.spec.target import Kernel, TargetProfile
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 from afq_export.validate.rungs import ObservedOps, integer_rung, run_block
 
 Probe = Callable[[Sequence[QuantizedLinear], Mapping[str, np.ndarray]], dict[str, np.ndarray]]
@@ -106,15 +106,24 @@ def compare_layer(
 def output_step(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
     """The size of one step of the output, float64, broadcast to [T, O].
 
-    Static kernels: one code of the output grid. Dynamic kernels, whose output is float: one unit of the int32
-    accumulator, that is the token's activation step times the row's (smallest) weight scale; a single wrong code
-    moves the output by at least that, another order of float32 additions by far less.
+    Where the output is on a grid: one of its codes. Where it is float: one unit of the int32 accumulator, that is the
+    (smallest) activation step of the token times the row's (smallest) weight scale; a single wrong code moves the
+    output by at least that, another order of float32 additions by far less. NaN where only weights are quantized.
     """
-    if linear.record.output is not None:
-        return torch.tensor(linear.record.output.scale, dtype=torch.float64)
-    scales_OG = linear.scales.double()
-    smallest_O = torch.where(scales_OG > 0, scales_OG, torch.inf).amin(1)
-    return quantize_tokens(x_TI).step.double() * smallest_O
+    record, activation = linear.record, linear.spec.activation
+    if record.output is not None:
+        return torch.tensor(record.output.scale, dtype=torch.float64)
+    if activation is None:
+        return torch.tensor(torch.nan, dtype=torch.float64)
+    smallest_O = _smallest(linear.scales.double())
+    if record.input is not None:
+        return record.input.scale * smallest_O
+    return _smallest(quantize_dynamic(x_TI, activation).step.double().flatten(1))[:, None] * smallest_O
+
+
+def _smallest(steps: Tensor) -> Tensor:
+    """The least positive value of each row."""
+    return torch.where(steps > 0, steps, torch.inf).amin(-1)
 
 
 def sqnr_db(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, quantized_TO: Tensor) -> float:

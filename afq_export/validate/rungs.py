@@ -11,30 +11,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afq_export.arch import decoder
-from afq_export.arch.attention import causal_attention
+from afq_export.arch.attention import apply_rope, causal_attention
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import FloatOps, Ops, Weights, activate
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.quantize.activations import (
     dequantize_static,
+    quantize_dynamic,
     quantize_static,
-    quantize_tokens,
     scaled_static,
-    token_grids,
+    unrounded,
 )
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.target import TargetProfile
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 
 
 class FloatParts(Protocol):
     """How what lies between the integer linears is computed; `name` is `torch` or that of the runtime it is taken from.
 
-    Elementwise products and sums need no entry: IEEE float32 leaves them no choice.
+    Elementwise products and sums need no entry: IEEE float32 leaves them no choice. Rotary embedding has one because a
+    runtime may fuse its product and sum.
     """
 
     @property
     def name(self) -> str: ...
+
+    def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor | None:
+        """The runtime's own kernel, run alone, for a linear whose float sums have an order that no model follows (its
+        target allows an error, and layers.py measures it); None: the integer model is exact."""
+
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """`x` turned by cos and sin [T, d]."""
 
     def norm(self, config: DecoderConfig, weights: Weights, role: str, x: Tensor) -> Tensor:
         """RMSNorm or LayerNorm over the last dimension, weights included."""
@@ -51,6 +59,12 @@ class TorchParts:
 
     name = "torch"
 
+    def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor | None:
+        return None
+
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return apply_rope(x_BTHd, *rope)
+
     def norm(self, config: DecoderConfig, weights: Weights, role: str, x: Tensor) -> Tensor:
         return FloatOps(config, weights).norm(role, x)
 
@@ -66,6 +80,12 @@ class ComparedParts:
 
     def __init__(self, parts: FloatParts) -> None:
         self.parts, self.name, self.reference, self.error = parts, parts.name, TorchParts(), 0.0
+
+    def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor | None:
+        return self.parts.linear(linear, x)
+
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return self._compare(self.parts.rotate(x_BTHd, rope), self.reference.rotate(x_BTHd, rope))
 
     def norm(self, config: DecoderConfig, weights: Weights, role: str, x: Tensor) -> Tensor:
         return self._compare(self.parts.norm(config, weights, role, x), self.reference.norm(config, weights, role, x))
@@ -150,6 +170,9 @@ class FakeQuantOps:
     def norm(self, role: str, x: Tensor) -> Tensor:
         return self.float_ops.norm(role, x)
 
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return self.float_ops.rotate(x_BTHd, rope)
+
     def activation(self, x: Tensor) -> Tensor:
         return self.float_ops.activation(x)
 
@@ -171,10 +194,16 @@ class IntegerOps:
 
     def linear(self, role: str, x: Tensor) -> Tensor:
         linear = self.linears[role]
-        return integer_linear(self.arithmetics[linear.record.kernel], linear, x.float()).to(x.dtype)
+        y = self.parts.linear(linear, x.float())
+        if y is None:
+            y = integer_linear(self.arithmetics[linear.record.kernel], linear, x.float())
+        return y.to(x.dtype)
 
     def norm(self, role: str, x: Tensor) -> Tensor:
         return self.parts.norm(self.config, self.floats, role, x)
+
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return self.parts.rotate(x_BTHd, rope)
 
     def activation(self, x: Tensor) -> Tensor:
         return self.parts.activation(self.config, x)
@@ -192,6 +221,9 @@ class ObservedOps:
 
     def norm(self, role: str, x: Tensor) -> Tensor:
         return self.ops.norm(role, x)
+
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return self.ops.rotate(x_BTHd, rope)
 
     def activation(self, x: Tensor) -> Tensor:
         return self.ops.activation(x)
@@ -256,12 +288,13 @@ def fake_quantized(linear: QuantizedLinear, x: Tensor) -> Tensor:
         return x
     if linear.record.input is not None:
         return dequantize_static(quantize_static(x, linear.record.input), linear.record.input)
-    return quantize_tokens(x).dequantized()
+    return quantize_dynamic(x, linear.spec.activation).dequantized()
 
 
 def unrounded_codes(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
-    """What the kernel rounds to integers in its input: [T, I], with the zero points of a dynamic grid [T, I + 1]."""
+    """What the kernel rounds to integers in its input, one row per token; nothing, [T, 0], when it stays float."""
+    if linear.spec.activation is None:
+        return x_TI[:, :0]
     if linear.record.input is not None:
         return scaled_static(x_TI, linear.record.input)
-    scale, zero_point = token_grids(x_TI)
-    return torch.cat((x_TI * scale, zero_point), dim=-1)
+    return unrounded(x_TI, linear.spec.activation)

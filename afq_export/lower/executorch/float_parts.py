@@ -14,12 +14,14 @@ from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  (regis
 from executorch.extension.pybindings import portable_lib
 from torch import Tensor, nn
 
+from afq_export.arch.attention import apply_rope
 from afq_export.arch.config import DecoderConfig
 from afq_export.lower.executorch.compose import call_segment, export_program
 from afq_export.lower.executorch.decoder import CachedAttention
 from afq_export.lower.executorch.graph import XnnGraph
 from afq_export.lower.executorch.operand import Operand, activate
 from afq_export.lower.executorch.segments import Segment, XnnOps
+from afq_export.quantize.checkpoint import QuantizedLinear
 
 ROWS = 128
 """Rows of one call; the last one is padded."""
@@ -40,6 +42,12 @@ class ExecutorchFloatParts:
         y = self._run("norm", lambda operand: bare.norm(role, operand), x) * weights[f"{role}.weight"]
         bias = weights.get(f"{role}.bias")
         return y if bias is None else y + bias
+
+    def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor | None:
+        return None  # the integer models are exact on this host; where they are not, the difference is to be seen
+
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return apply_rope(x_BTHd, *rope)  # products and sums that XNNPACK runs one by one
 
     def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
         return self._run("activation", lambda operand: activate(config.activation, operand), x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,12 +15,16 @@ from afq_export.quantize.checkpoint import QuantizedLinear
 from afq_export.runtime.library import load_runtime
 
 
-def run_linears(linears: Sequence[QuantizedLinear], inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def run_linears(
+    linears: Sequence[QuantizedLinear],
+    inputs: Mapping[str, np.ndarray],
+    keep: Callable[[bytes], None] = lambda program: None,
+) -> dict[str, np.ndarray]:
     """What the kernel of each linear gives for `inputs[name]`, float32 [T, I]: float32 [T, O] by name.
 
-    One program for all of them. A static kernel's int8 result comes dequantized, `scale * (code - zero_point)` in
-    float32; `rint(y / scale) + zero_point` is the code again. Raises InputError when an input is missing or does not
-    fit its linear.
+    One program for all of them, given to `keep`. A static kernel's int8 result comes dequantized,
+    `scale * (code - zero_point)` in float32; `rint(y / scale) + zero_point` is the code again. Raises InputError when
+    an input is missing or does not fit its linear.
     """
     named = {linear.spec.name: linear for linear in linears}
     arrays = {name: _input(linear, inputs) for name, linear in named.items()}
@@ -28,6 +32,7 @@ def run_linears(linears: Sequence[QuantizedLinear], inputs: Mapping[str, np.ndar
     segment = probe_segment(named, shapes)
     example = tuple(torch.from_numpy(array) for array in arrays.values())
     buffer = export_program(_Probe(segment), example, [segment]).buffer
+    keep(buffer)
     results = load_runtime()._load_for_executorch_from_buffer(buffer).forward(list(example))
     return {name: result.numpy().copy() for name, result in zip(named, results, strict=True)}
 

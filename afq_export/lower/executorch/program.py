@@ -16,8 +16,9 @@ from afq_export.lower.executorch.metadata import metadata
 from afq_export.lower.executorch.readback import PackedLinear, ProgramContent, read_program
 from afq_export.lower.executorch.segments import Segment, linear_handles, segments
 from afq_export.lower.executorch.weights import static_bias
+from afq_export.lower.stored import StoredLinear, difference
 from afq_export.progress import Progress
-from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear, StaticRange
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.report import Coverage
 from afq_export.spec.target import TargetProfile
 
@@ -89,11 +90,11 @@ def verify_linears(checkpoint: QuantizedCheckpoint, packed: list[PackedLinear]) 
     """Raises VerdictError naming the first linear that the program lacks or holds with other numbers."""
     found = {linear.number: linear for linear in packed}
     for name, number in linear_handles(checkpoint).items():
-        difference = "it is not there"
+        wrong = "it is not there"
         if number in found:
-            difference = _difference(checkpoint.linear(name), found[number])
-        if difference:
-            raise VerdictError("the program is not the checkpoint", where=name, why=difference)
+            wrong = difference(_expected(checkpoint.linear(name)), found[number])
+        if wrong:
+            raise VerdictError("the program is not the checkpoint", where=name, why=wrong)
     if len(packed) != len(found) or len(found) != len(checkpoint.records):
         raise VerdictError("the program has linears of its own", why=f"{len(packed)} for {len(checkpoint.records)}")
 
@@ -115,21 +116,16 @@ def _tables(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, bytes]]:
         yield name, tensor.float().numpy().tobytes()
 
 
-def _difference(ours: QuantizedLinear, theirs: PackedLinear) -> str:
-    """Which property differs; empty when none does."""
-    if KIND_OF_KERNEL[ours.record.kernel] != theirs.kind:
-        return f"kernel {theirs.kind} instead of {ours.record.kernel}"
-    if not np.array_equal(ours.codes.numpy(), theirs.codes):
-        return "codes differ"
-    if not np.array_equal(ours.scales.float().numpy(), theirs.scales):
-        return "scales differ"
-    bias = _stored_bias(ours)
-    if (bias is None) != (theirs.bias is None):
-        return "bias is missing" if theirs.bias is None else "a bias was added"
-    if bias is not None and theirs.bias is not None and not np.array_equal(bias, theirs.bias):
-        return "bias differs"
-    grids = {"input": (ours.record.input, theirs.input), "output": (ours.record.output, theirs.output)}
-    return next((f"{side} grid differs" for side, (grid, stored) in grids.items() if not _same(grid, stored)), "")
+def _expected(linear: QuantizedLinear) -> StoredLinear:
+    """What the program must hold of a linear."""
+    return StoredLinear(
+        kind=KIND_OF_KERNEL[linear.record.kernel],
+        codes=linear.codes.numpy(),
+        scales=linear.scales.float().numpy(),
+        bias=_stored_bias(linear),
+        input=linear.record.input,
+        output=linear.record.output,
+    )
 
 
 def _stored_bias(linear: QuantizedLinear) -> np.ndarray | None:
@@ -138,10 +134,3 @@ def _stored_bias(linear: QuantizedLinear) -> np.ndarray | None:
         return None
     bias, grid = linear.bias.float().numpy(), linear.record.input
     return bias if grid is None else static_bias(bias, grid.scale, linear.scales.float().numpy())
-
-
-def _same(grid: StaticRange | None, stored: StaticRange | None) -> bool:
-    """Whether two static grids are one, in the precision of the file (float32 scale)."""
-    if grid is None or stored is None:
-        return grid is stored
-    return np.float32(grid.scale) == np.float32(stored.scale) and grid.zero_point == stored.zero_point

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from afq_export.arch.attention import apply_rope
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family, head
 from afq_export.errors import InputError
@@ -56,6 +57,9 @@ class XnnOps:
         y = x * ((x * x).mean_last() + self.config.norm_eps).rsqrt()
         y = y if weight is None else y * weight
         return y if bias is None else y + bias
+
+    def rotate(self, x: Operand, rope: tuple[Operand, Operand]) -> Operand:
+        return apply_rope(x, *rope)
 
     def activation(self, x: Operand) -> Operand:
         return activate(self.config.activation, x)

@@ -8,8 +8,7 @@
 
 Sources: XNNPACK `src/qs8-gemm/MRx16c8-avx512vnni.c.in`, `xnn_f32_qd8_asymmetric_quantization_params` and ExecuTorch's
 `backends/xnnpack/operators/quant_params.py` (bias); each model is compared with the real runtime by
-tests/validate/test_xnnpack_runtime.py. Integers are computed in float64: they are exact there, because they stay
-within int32 (`_check_range`) and int32 within 2^53, and it is as fast as an int8 matmul is on a CPU.
+tests/validate/test_xnnpack_runtime.py.
 
 The per-channel kernels round in one chain that all instruction sets share. The order in which `dynamic_per_group`
 adds its groups in float32 is that of x86 with AVX512-VNNI; the integers and scales are the same everywhere.
@@ -17,18 +16,15 @@ adds its groups in float32 is that of x86 with AVX512-VNNI; the integers and sca
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from afq_export.errors import InputError
 from afq_export.quantize.activations import dequantize_static, quantize_static, quantize_tokens
-from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
+from afq_export.quantize.checkpoint import QuantizedLinear
+from afq_export.validate.integer.dot import QMAX, QMIN, check_range, dot, input_grid, output_grid
 from afq_export.validate.integer.float32 import fma
 
-QMIN, QMAX = -128, 127
-INT32_MAX = 2**31 - 1
 GROUP_TOKENS = 64
 """Tokens that the per-group model takes at a time, so that the running sums stay in the cache."""
 
@@ -36,7 +32,7 @@ GROUP_TOKENS = 64
 def dynamic_per_channel(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
     """qd8-f32-qc8w and qd8-f32-qc4w: float32 [T, O]."""
     tokens = quantize_tokens(x_TI)
-    sums_TO = _dot(tokens.codes - tokens.zero_point, linear.codes)
+    sums_TO = dot(tokens.codes - tokens.zero_point, linear.codes)
     scaled_TO = sums_TO.float() * tokens.step
     return fma(scaled_TO, linear.scales[:, 0], _bias(linear))
 
@@ -58,51 +54,22 @@ def dynamic_per_group(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
 
 def static_per_channel(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
     """qs8-qc8w between its float borders: quantize, multiply, requantize, dequantize. Float32 [T, O]."""
-    source, target = _ranges(linear)
+    source, target = input_grid(linear), output_grid(linear)
     codes_TO = static_codes(linear, quantize_static(x_TI, source))
     return dequantize_static(codes_TO, target)
 
 
 def static_codes(linear: QuantizedLinear, codes_TI: Tensor) -> Tensor:
     """qs8-qc8w itself: int8 codes in, int8 codes out [T, O], both as whole float32."""
-    source, target = _ranges(linear)
+    source, target = input_grid(linear), output_grid(linear)
     input_scale, output_scale = torch.tensor([source.scale, target.scale], dtype=torch.float32)
     scales_O = linear.scales[:, 0]
-    sums_TO = _dot(codes_TI - source.zero_point, linear.codes)
+    sums_TO = dot(codes_TI - source.zero_point, linear.codes)
     if linear.bias is not None:
         # Lowering stores the bias as int32 in units of one product; it multiplies by the reciprocal.
-        sums_TO = _check_range(sums_TO + (linear.bias * (1.0 / (scales_O * input_scale))).round())
+        sums_TO = check_range(sums_TO + (linear.bias * (1.0 / (scales_O * input_scale))).round())
     requantization_O = input_scale * scales_O / output_scale
     return ((sums_TO.float() * requantization_O).round() + target.zero_point).clamp(QMIN, QMAX)
-
-
-ARITHMETICS: dict[str, Callable[[QuantizedLinear, Tensor], Tensor]] = {
-    "dynamic_per_channel": dynamic_per_channel,
-    "dynamic_per_group": dynamic_per_group,
-    "static_per_channel": static_per_channel,
-}
-"""`Kernel.arithmetic` -> float32 [T, I] to float32 [T, O]. Adding an arithmetic is adding a function and its line."""
-
-
-def integer_linear(arithmetic: str, linear: QuantizedLinear, x: Tensor) -> Tensor:
-    """What the kernel gives for float32 `x [..., I]`: float32 `[..., O]`. Raises InputError for an unknown name."""
-    if arithmetic not in ARITHMETICS:
-        known = f"there are {', '.join(ARITHMETICS)}"
-        raise InputError("no integer model", where=linear.spec.name, why=f"arithmetic {arithmetic!r}", do=known)
-    out = ARITHMETICS[arithmetic](linear, x.reshape(-1, x.shape[-1]))
-    return out.view(*x.shape[:-1], out.shape[-1])
-
-
-def _dot(x_TI: Tensor, codes_OI: Tensor) -> Tensor:
-    """Exact integer dot products [T, O], in float64."""
-    return _check_range(x_TI.double() @ codes_OI.double().t())
-
-
-def _check_range(sums: Tensor) -> Tensor:
-    """`sums`, all of which the kernel's int32 holds; beyond it the kernel would wrap around and this model is wrong."""
-    if sums.numel() and float(sums.abs().max()) > INT32_MAX:
-        raise InputError("int32 accumulator overflows", why=f"a sum of {float(sums.abs().max()):.0f}")
-    return sums
 
 
 def _add_groups(totals_TO: Tensor, x_GTi: Tensor, codes_GOi: Tensor, scales_GO: Tensor) -> None:
@@ -151,11 +118,3 @@ def _grouped(rows: Tensor, group: int) -> Tensor:
 
 def _bias(linear: QuantizedLinear) -> Tensor:
     return torch.zeros(linear.codes.shape[0]) if linear.bias is None else linear.bias
-
-
-def _ranges(linear: QuantizedLinear) -> tuple[StaticRange, StaticRange]:
-    """The static grids of input and output. Raises InputError when the checkpoint lacks one."""
-    source, target = linear.record.input, linear.record.output
-    if source is None or target is None:
-        raise InputError("no static activation range", where=linear.spec.name, do="calibrate with a static recipe")
-    return source, target

@@ -1,0 +1,25 @@
+"""What of a file runs as an integer kernel, what as a float operator, and why."""
+
+from __future__ import annotations
+
+from afq_export.lower.onnx.readback import OnnxContent
+from afq_export.quantize.checkpoint import QuantizedCheckpoint
+from afq_export.spec.report import Coverage, Lowered, Refused
+
+REASONS = {
+    "Attention": "float32: the runtime has no attention on integers with a cache",
+    "RMSNormalization": "float32: norms are a thousandth of the arithmetic and most of its range",
+    "LayerNormalization": "float32: norms are a thousandth of the arithmetic and most of its range",
+    "RotaryEmbedding": "float32: turns queries and keys by their position",
+    "Sigmoid": "float32: the MLP's nonlinearity",
+    "Gelu": "float32: the MLP's nonlinearity",
+    "Relu": "float32: the MLP's nonlinearity",
+}
+"""Operator that stays float -> why. The rest is quantization, sums, look-ups and shapes."""
+
+
+def coverage_of(checkpoint: QuantizedCheckpoint, content: OnnxContent) -> Coverage:
+    """Every linear with its kernel, and every operator that computes in float, with its reason."""
+    lowered = tuple(Lowered(name, record.kernel) for name, record in checkpoint.records.items())
+    found = {operator: count for operator, count in sorted(content.operators.items()) if operator in REASONS}
+    return Coverage(lowered, tuple(Refused(what, count, REASONS[what]) for what, count in found.items()))

@@ -1,0 +1,133 @@
+"""The file's own float operators, run alone: what stands between the integer linears, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afq_export.arch.config import DecoderConfig
+from afq_export.lower.onnx.decoder import BATCH, MASKED, SEQUENCE, write_attention, write_norm, write_rotation
+from afq_export.lower.onnx.graph import OnnxGraph
+from afq_export.lower.onnx.operand import Operand, Shape, activate
+from afq_export.lower.onnx.parts import Part, part_model
+from afq_export.lower.onnx.probe import linears_model
+from afq_export.quantize.checkpoint import QuantizedLinear
+from afq_export.runtime.onnxruntime import RunOptions
+from afq_export.spec.target import TargetProfile
+
+LINEARS = 16
+"""Linears that are kept loaded: more than a block has."""
+
+
+class OnnxFloatParts:
+    """`validate.rungs.FloatParts` of a file with opset `opset` for `target` that is run with `options`."""
+
+    name = "onnxruntime"
+
+    def __init__(self, opset: int, target: TargetProfile, options: RunOptions) -> None:
+        self.opset, self.target, self.options = opset, target, options
+        self._parts: dict[tuple, Part] = {}
+        self._linears: dict[str, Part] = {}
+
+    def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor | None:
+        """MatMulNBits alone, in the calls that a session makes: it adds floats in an order that depends on its rows."""
+        if not self.target.kernel(linear.record.kernel).max_relative_error:
+            return None
+        name = linear.spec.name
+        if name not in self._linears:
+            if len(self._linears) == LINEARS:
+                self._linears.clear()
+            self._linears[name] = Part(linears_model([linear], self.target), self.options)
+        calls = (part for window in x for part in window.split(self.options.prefill))
+        rows = [torch.from_numpy(self._linears[name](**{f"{name}.x": part[None].numpy()})[0][0]) for part in calls]
+        return torch.cat(rows).view(*x.shape[:-1], linear.spec.outputs)
+
+    def norm(self, config: DecoderConfig, weights: Mapping[str, Tensor], role: str, x: Tensor) -> Tensor:
+        named = {kind: weights[f"{role}.{kind}"] for kind in ("weight", "bias") if f"{role}.{kind}" in weights}
+        inputs: dict[str, Shape] = dict.fromkeys(named, (x.shape[-1],))
+        part = self._part(("norm", x.shape[-1], *named), x, inputs, lambda x: write_norm(config, x, *named))
+        return _run(part, x, **named)
+
+    def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        heads, width = x_BTHd.shape[2:]
+        flat = x_BTHd.flatten(2)
+        inputs: dict[str, Shape] = {"cos": ("positions", width // 2), "sin": ("positions", width // 2)}
+
+        def write(x: Operand) -> Operand:
+            return write_rotation(x.view(BATCH, SEQUENCE, heads, width), ("cos", "sin"), "position_ids")
+
+        where = {"position_ids": (BATCH, SEQUENCE)}
+        part = self._part(("rotate", heads, width), flat, inputs | where, write, integers=("position_ids",))
+        cos, sin = (table[:, : width // 2] for table in rope)
+        positions = torch.arange(len(cos)).expand(len(flat), -1)
+        return _run(part, flat, cos=cos, sin=sin, position_ids=positions).view(x_BTHd.shape)
+
+    def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
+        part = self._part(("activation", x.shape[-1]), x, {}, lambda x: activate(config.activation, x))
+        return _run(part, x)
+
+    def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        return torch.stack([self._attend(*window) for window in zip(q_BTHd, k_BTKd, v_BTKd, strict=True)])
+
+    def _attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        """One sequence, in the calls that a session makes of it."""
+        heads, width, kv_heads = *q_THd.shape[1:], k_TKd.shape[1]
+        part = self._attention(heads, kv_heads, width)
+        cache = {name: np.zeros((1, kv_heads, 0, width), np.float32) for name in ("past.key", "past.value")}
+        rows = []
+        for q, k, v in zip(
+            *(tensor.flatten(1).split(self.options.prefill) for tensor in (q_THd, k_TKd, v_TKd)), strict=True
+        ):
+            past, tokens = cache["past.key"].shape[2], len(q)
+            seen = np.arange(past + tokens)[None] <= np.arange(past, past + tokens)[:, None]
+            mask = np.where(seen, np.float32(0), np.float32(MASKED))[None, None]
+            given = {name: tensor[None].numpy() for name, tensor in (("q", q), ("k", k), ("v", v))}
+            y, *present = part(**given, mask=mask, **cache)
+            cache = dict(zip(cache, present, strict=True))
+            rows.append(torch.from_numpy(y[0]))
+        return torch.cat(rows).view(q_THd.shape)
+
+    def _attention(self, heads: int, kv_heads: int, width: int) -> Part:
+        key = ("attention", heads, kv_heads, width)
+        if key not in self._parts:
+            graph, flat = OnnxGraph(), (BATCH, SEQUENCE)
+            sizes = {"q": heads, "k": kv_heads, "v": kv_heads}
+            q, k, v = (
+                Operand.of(graph, name, (*flat, count * width)).view(*flat, count, width)
+                for name, count in sizes.items()
+            )
+            y = write_attention(q, k, v, "mask", ("past.key", "past.value"), ["present.key", "present.value"])
+            inputs: dict[str, Shape] = {name: (*flat, count * width) for name, count in sizes.items()}
+            inputs |= {"mask": (BATCH, 1, SEQUENCE, "total")}
+            inputs |= {f"past.{kind}": (BATCH, kv_heads, "past", width) for kind in ("key", "value")}
+            outputs: dict[str, Shape] = {y.value: y.stored}
+            outputs |= {f"present.{kind}": (BATCH, kv_heads, "total", width) for kind in ("key", "value")}
+            self._parts[key] = Part(part_model(graph, inputs, outputs, self.opset), self.options)
+        return self._parts[key]
+
+    def _part(
+        self,
+        key: tuple,
+        x: Tensor,
+        inputs: dict[str, Shape],
+        write: Callable[[Operand], Operand],
+        integers: tuple[str, ...] = (),
+    ) -> Part:
+        """The model of an operator on `x`, made once for each `key` and number of dimensions."""
+        key = (*key, x.ndim)
+        if key not in self._parts:
+            shape = (BATCH, SEQUENCE, *x.shape[2:])
+            graph = OnnxGraph()
+            y = write(Operand.of(graph, "x", shape))
+            model = part_model(graph, {"x": shape} | inputs, {y.value: y.stored}, self.opset, integers)
+            self._parts[key] = Part(model, self.options)
+        return self._parts[key]
+
+
+def _run(part: Part, x: Tensor, **more: Tensor) -> Tensor:
+    """The single result of a part."""
+    arrays = {name: tensor.numpy() for name, tensor in more.items()}
+    return torch.from_numpy(part(x=x.numpy(), **arrays)[0])

@@ -1,0 +1,77 @@
+"""An ONNX graph under construction: nodes in running order, tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+Written = TypeVar("Written")
+
+SHARED_BYTES = 1024
+"""Constants up to this size are looked up by their content, so that equal ones are one tensor."""
+
+
+class OnnxGraph:
+    """Collects nodes and initializers. Value names are unique; a node is named after the first value it gives.
+
+    `scope` is the part of the model that is being written: it stands in front of names that nobody chose.
+    """
+
+    def __init__(self, scope: str = "model") -> None:
+        self.scope = scope
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self._constants: dict[tuple, str] = {}
+        self._written: dict[tuple, Any] = {}
+        self._taken: set[str] = set()
+
+    def node(self, operator: str, inputs: list[str], name: str = "", **attributes: Any) -> str:
+        """Appends a node with one result; returns the result's name, which begins with `name`."""
+        return self.nodes_of(operator, inputs, [name or f"{self.scope}.{operator.lower()}"], **attributes)[0]
+
+    def nodes_of(self, operator: str, inputs: list[str], names: list[str], **attributes: Any) -> list[str]:
+        """Appends a node with a result per name. Empty input names are left-out optional inputs."""
+        outputs = [self._unique(name) for name in names]
+        while inputs and not inputs[-1]:
+            inputs = inputs[:-1]
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
+        return outputs
+
+    def once(self, key: tuple, write: Callable[[], Written]) -> Written:
+        """What `write` gives; with the same key the first result again, and nothing is written."""
+        if key not in self._written:
+            self._written[key] = write()
+        return self._written[key]
+
+    def tensor(self, name: str, array: np.ndarray) -> str:
+        """An initializer called `name`. The same name twice is the same tensor."""
+        if name not in self.initializers:
+            self._taken.add(name)
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def constant(self, array: np.ndarray, name: str = "constant") -> str:
+        """A small initializer; equal ones are shared."""
+        key = (array.dtype.str, str(array.dtype), array.shape, array.tobytes())
+        if array.nbytes > SHARED_BYTES or key not in self._constants:
+            self._constants[key] = self.tensor(self._unique(name), array)
+        return self._constants[key]
+
+    def integers(self, *values: int) -> str:
+        """A constant int64 [n]."""
+        return self.constant(np.array(values, np.int64), "sizes")
+
+    def scalar(self, value: int) -> str:
+        """A constant int64 without dimensions."""
+        return self.constant(np.array(value, np.int64), "number")
+
+    def _unique(self, name: str) -> str:
+        found, count = name, 1
+        while found in self._taken:
+            count += 1
+            found = f"{name}.{count}"
+        self._taken.add(found)
+        return found

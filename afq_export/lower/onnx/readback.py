@@ -1,0 +1,129 @@
+"""Reads a finished ONNX file back: which integers are really in it, found by following the graph, not its names."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from afq_export.errors import InputError
+from afq_export.lower.onnx.linears import MIDDLE
+from afq_export.lower.stored import StoredLinear
+from afq_export.quantize.checkpoint import StaticRange
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxContent:
+    """`linears` by name; how often every operator stands in the file; all other float tensors by name."""
+
+    linears: dict[str, StoredLinear]
+    operators: dict[str, int]
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+    opset: int
+
+
+def read_onnx(path: Path) -> OnnxContent:
+    """Content of the file at `path` and its external data. Raises InputError when it is no whole ONNX model."""
+    try:
+        model = onnx.load(path)
+    except (OSError, DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        raise InputError("cannot read the ONNX file", where=str(path), why=str(error)) from error
+    if not model.graph.node:
+        raise InputError("not an ONNX model", where=str(path), why="it has no node")
+    return read_model(model)
+
+
+def read_model(model: ModelProto) -> OnnxContent:
+    """Content of a model in memory."""
+    reader = _Reader(model)
+    linears = {
+        node.name: reader.linear(node) for node in model.graph.node if node.op_type in ("MatMul", "MatMulInteger")
+    }
+    return OnnxContent(
+        linears=linears,
+        operators=dict(collections.Counter(node.op_type for node in model.graph.node)),
+        tensors={name: reader.array(name) for name in reader.initializers},
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+        opset=next((entry.version for entry in model.opset_import if not entry.domain), 0),
+    )
+
+
+class _Reader:
+    """Who gives and who takes each value of a graph."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.initializers: dict[str, TensorProto] = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producers: dict[str, NodeProto] = {name: node for node in model.graph.node for name in node.output}
+        self.consumers: dict[str, list[NodeProto]] = collections.defaultdict(list)
+        for node in model.graph.node:
+            for name in node.input:
+                self.consumers[name].append(node)
+
+    def array(self, name: str) -> np.ndarray:
+        """An initializer's values."""
+        return numpy_helper.to_array(self.initializers[name])
+
+    def linear(self, node: NodeProto) -> StoredLinear:
+        """The linear whose product `node` is. Raises InputError when the pattern is not one that we write."""
+        return self._dynamic(node) if node.op_type == "MatMulInteger" else self._dequantized(node)
+
+    def _dynamic(self, node: NodeProto) -> StoredLinear:
+        codes = self.array(node.input[1])
+        middle = int(self.array(node.input[2])) if len(node.input) > 2 else 0
+        if middle != MIDDLE or len(node.input) > 3:
+            raise InputError("a MatMulInteger with other zero points", where=node.name)
+        y, scales = node.output[0], None
+        while (follower := self._follower(y, ("Cast", "Mul"))) is not None:
+            stored = [name for name in follower.input if name in self.initializers]
+            scales = self.array(stored[0]) if stored else scales
+            y = follower.output[0]
+        if scales is None:
+            raise InputError("a MatMulInteger without scales", where=node.name)
+        grids = dict(weight="int8 per_channel", activation="int8 per_token dynamic")
+        return StoredLinear("MatMulInteger", codes.T, scales[:, None], self._bias(y), **grids)
+
+    def _dequantized(self, node: NodeProto) -> StoredLinear:
+        weight = self.producers.get(node.input[1])
+        if weight is None or weight.op_type != "DequantizeLinear":
+            raise InputError("a float MatMul", where=node.name, why="its weight is not quantized")
+        codes, scales, *zeros = (self.array(name) for name in weight.input)
+        if any(zero.astype(np.int32).any() for zero in zeros):
+            raise InputError("weights with zero points", where=node.name)
+        block = next((attribute.i for attribute in weight.attribute if attribute.name == "block_size"), 0)
+        kind = f"{codes.dtype}{' in blocks of ' + str(block) if block else ''}"
+        scales = scales.T if block else scales[:, None]
+        source, y, target = self.producers.get(node.input[0]), node.output[0], None
+        follower = self._follower(y, ("QuantizeLinear",))
+        if follower is not None and self._is_output_grid(node):
+            target = self._grid(follower)
+        static = self._grid(source) if source is not None and source.op_type == "DequantizeLinear" else None
+        grids = dict(
+            weight=f"{codes.dtype} {f'g{block}' if block else 'per_channel'}",
+            activation="int8 static" if static else "as the session says",
+        )
+        return StoredLinear(kind, codes.T.astype(np.int8), scales, self._bias(y), static, target, **grids)
+
+    def _is_output_grid(self, node: NodeProto) -> bool:
+        """Whether the QuantizeLinear behind a product is its own: named after it, not after the next linear's input."""
+        return any(follower.name.startswith(f"{node.name}.output") for follower in self.consumers[node.output[0]])
+
+    def _grid(self, node: NodeProto) -> StaticRange:
+        scale, zero_point = (self.array(name) for name in node.input[1:3])
+        return StaticRange(float(scale), int(zero_point) - MIDDLE)
+
+    def _bias(self, y: str) -> np.ndarray | None:
+        """The stored vector that is added to `y`, if one is."""
+        follower = self._follower(y, ("Add",))
+        stored = [] if follower is None else [name for name in follower.input if name in self.initializers]
+        return self.array(stored[0]) if stored else None
+
+    def _follower(self, value: str, operators: tuple[str, ...]) -> NodeProto | None:
+        """The one node that takes `value`, if it is among `operators`."""
+        followers = self.consumers[value]
+        return followers[0] if len(followers) == 1 and followers[0].op_type in operators else None

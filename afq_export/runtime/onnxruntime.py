@@ -1,0 +1,237 @@
+"""Runs exported .onnx programs through ONNX Runtime on this machine, with the options that they were lowered for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from afq_export.errors import AfqError, InputError, MissingToolError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+LEVELS = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+"""`graph_optimization_level` in our files -> ONNX Runtime's name."""
+SILENT = 4
+"""Log level at which only fatal errors are printed: what goes wrong is raised as well."""
+LEVEL = "graph_optimization_level"
+CPU = "CPUExecutionProvider"
+PAST, PRESENT = "past_key_values.", "present."
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a file is run: options that may change the arithmetic, execution providers, and the longest sequence."""
+
+    session: Mapping[str, str]
+    providers: tuple[str, ...] = (CPU,)
+    context: int = 2048
+    prefill: int = 512
+
+
+class OnnxSession:
+    """`Session` of a model.onnx that `lower_onnx` made; the KV cache is held here, between calls.
+
+    Raises MissingToolError without ONNX Runtime or with one that lacks an execution provider, InputError when the file
+    is missing, broken, or another model.
+    """
+
+    def __init__(self, path: Path, options: RunOptions, *, profile: Path | None = None) -> None:
+        """`profile`: where the runtime writes which kernels ran (see `end_profile`)."""
+        self._path = path
+        self._session = open_session(path, options, profile=profile)
+        inputs = {value.name: value for value in self._session.get_inputs()}
+        outputs = {value.name: value for value in self._session.get_outputs()}
+        if "logits" not in outputs or "input_ids" not in inputs:
+            raise InputError("not a decoder of this package", where=str(path), why="no input_ids or no logits")
+        self._positions = "position_ids" in inputs
+        self._outputs = list(outputs)
+        empty = {name: value.shape for name, value in inputs.items() if name.startswith(PAST)}
+        self._empty = {n: np.zeros((1, heads, 0, width), np.float32) for n, (_, heads, _, width) in empty.items()}
+        self._cache = self._empty
+        self.vocab, self.context = int(outputs["logits"].shape[-1]), options.context
+        self.prefill = min(options.prefill, self.context)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 [T, V] of a sequence from position 0 (see `Session`)."""
+        return self.extend(ids, 0)
+
+    def extend(self, ids: Tensor, position: int) -> Tensor:
+        """Float32 [T, V] of tokens after `position` others (see `Session`)."""
+        self._check(ids, position)
+        self._cache = {name: array[:, :, :position] for name, array in self._cache.items()} if position else self._empty
+        rows = [self._call(part) for part in ids.split(self.prefill)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
+        """Greedy continuation (see `Session`)."""
+        generated: list[int] = []
+        row = self.logits(ids)[-1]
+        while len(generated) < tokens:
+            best = int(row.argmax())
+            if best in stop:
+                break
+            generated.append(best)
+            if len(generated) == tokens or self._length() == self.context:
+                break
+            row = self._call(torch.tensor([best]))[-1]
+        return generated
+
+    def run_both(self, ids: Tensor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Inputs and outputs, by name, of one call with the sequence `ids` int64 [T] from position 0."""
+        self._check(ids, 0)
+        self._cache = self._empty
+        feed = self._feed(ids)
+        return feed, dict(zip(self._outputs, self._run(feed), strict=True))
+
+    def end_profile(self) -> Path:
+        """Ends profiling and gives the file that says which kernels ran."""
+        return Path(self._session.end_profiling())
+
+    def _call(self, ids: Tensor) -> Tensor:
+        results = dict(zip(self._outputs, self._run(self._feed(ids)), strict=True))
+        self._cache = {name: results[PRESENT + name.removeprefix(PAST)] for name in self._empty}
+        return torch.from_numpy(results["logits"][0])
+
+    def _feed(self, ids: Tensor) -> dict[str, np.ndarray]:
+        """All inputs by name for the next tokens."""
+        past, tokens = self._length(), len(ids)
+        feed: dict[str, np.ndarray] = {"input_ids": ids.to(torch.long).numpy()[None]}
+        feed["attention_mask"] = np.ones((1, past + tokens), np.int64)
+        if self._positions:
+            feed["position_ids"] = np.arange(past, past + tokens)[None]
+        return feed | self._cache
+
+    def _run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        try:
+            return self._session.run(self._outputs, feed)
+        except Exception as error:  # ONNX Runtime's own errors have no common base besides it
+            raise InputError("the program does not run", where=str(self._path), why=first_line(error)) from error
+
+    def _length(self) -> int:
+        """Tokens in the cache."""
+        return next(iter(self._cache.values())).shape[2]
+
+    def _check(self, ids: Tensor, position: int) -> None:
+        if ids.ndim != 1 or not len(ids):
+            raise InputError("token ids must be one sequence", why=f"shape {tuple(ids.shape)}")
+        if position < 0 or position + len(ids) > self.context:
+            raise InputError(
+                "the sequence is longer than the program's context",
+                where=str(self._path),
+                why=f"{position + len(ids)} tokens, context {self.context}",
+                do="shorten the text or lower with a larger context",
+            )
+        if position > self._length():
+            raise InputError(
+                "tokens after others that were not seen", why=f"position {position}, {self._length()} seen"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab:
+            raise InputError("a token id is outside the vocabulary", why=f"ids {low}..{high}, vocabulary {self.vocab}")
+
+
+def open_session(
+    model: Path | bytes, options: RunOptions, *, profile: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """ONNX Runtime's session of a file or of a model's bytes. Raises as OnnxSession does."""
+    runtime = require_onnxruntime()
+    refuse_missing_providers(options.providers)
+    where = str(model) if isinstance(model, Path) else "a model in memory"
+    if isinstance(model, Path) and not model.is_file():
+        raise InputError("no program", where=where)
+    try:
+        given = session_options(options.session, profile)
+        source = str(model) if isinstance(model, Path) else model
+        session = runtime.InferenceSession(source, given, providers=list(options.providers))
+    except AfqError:
+        raise
+    except Exception as error:  # ONNX Runtime's own errors have no common base besides it
+        raise InputError("cannot load the program", where=where, why=first_line(error)) from error
+    if tuple(session.get_providers()[: len(options.providers)]) != options.providers:
+        raise MissingToolError("ONNX Runtime fell back to other providers", why=", ".join(session.get_providers()))
+    return session
+
+
+def session_options(session: Mapping[str, str], profile: Path | None = None) -> onnxruntime.SessionOptions:
+    """ONNX Runtime's SessionOptions for `OnnxOptions.session`, with as many threads as torch has.
+
+    Raises InputError for an optimisation level that it does not have.
+    """
+    runtime = require_onnxruntime()
+    made, level = runtime.SessionOptions(), session.get(LEVEL, "all")
+    if level not in LEVELS:
+        raise InputError("no such optimisation level", why=level, do=f"take one of {', '.join(LEVELS)}")
+    made.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, LEVELS[level])
+    made.intra_op_num_threads, made.log_severity_level = torch.get_num_threads(), SILENT
+    for key, value in session.items():
+        if key != LEVEL:
+            made.add_session_config_entry(key, value)
+    if profile is not None:
+        made.enable_profiling, made.profile_file_prefix = True, str(profile)
+    return made
+
+
+def require_onnxruntime() -> Any:
+    """The module. Raises MissingToolError when it is not installed."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise MissingToolError("ONNX Runtime is not installed", do='run `pip install "onnxruntime>=1.31,<1.32"`')
+    import onnxruntime
+
+    return onnxruntime
+
+
+def refuse_missing_providers(providers: tuple[str, ...]) -> None:
+    """Raises MissingToolError when a provider is not in this build: ONNX Runtime would run on the CPU and only warn."""
+    there = require_onnxruntime().get_available_providers()
+    for provider in providers:
+        if provider not in there:
+            raise MissingToolError(
+                "an execution provider is missing",
+                where=provider,
+                why=f"this ONNX Runtime has {', '.join(there)}",
+                do="install the build that has it",
+            )
+
+
+def write_options(path: Path, options: RunOptions) -> None:
+    """session_options.json of a bundle."""
+    entries = {key: value for key, value in options.session.items() if key != LEVEL}
+    data = {
+        LEVEL: options.session.get(LEVEL, "all"),
+        "config": entries,
+        "providers": list(options.providers),
+        "context_length": options.context,
+        "prefill_length": options.prefill,
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_options(path: Path) -> RunOptions:
+    """Inverse of `write_options`. Raises InputError when the file is missing or does not fit."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        session = {LEVEL: str(data[LEVEL])} | {str(k): str(v) for k, v in data["config"].items()}
+        return RunOptions(session, tuple(data["providers"]), int(data["context_length"]), int(data["prefill_length"]))
+    except OSError as error:
+        raise InputError("no session options", where=str(path), why=error.strerror or str(error)) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError("the session options do not fit", where=str(path), why=str(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """What a runtime's error says, without its stack."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
