@@ -17,7 +17,8 @@ from afq_export.backends import backend
 from afq_export.errors import InputError, MissingToolError
 from afq_export.files import sha256_file
 from afq_export.fold.forms import SiteChoice, choose_forms
-from afq_export.load.checkpoint import FloatCheckpoint
+from afq_export.fold.rotation import rotate
+from afq_export.load.checkpoint import DecoderWeights, FloatCheckpoint
 from afq_export.load.corpus import Corpus, Windows, cut_windows, read_corpus, read_text_corpus, refuse_overlap
 from afq_export.load.model import open_model
 from afq_export.load.tiny import tiny_copy
@@ -65,6 +66,11 @@ class Job:
     def bundle(self) -> Path:
         """Where the bundle goes."""
         return self.out / "bundle"
+
+    @property
+    def source(self) -> DecoderWeights:
+        """What is calibrated and folded: the model in the basis that the recipe asks for."""
+        return rotate(self.model, self.recipe.transforms.rotation, self.request.seed)
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that the artifact's bytes depend on, flat, so that a difference can be named."""

@@ -15,6 +15,7 @@ other inputs is refused (runfolder.py).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from afq_export.calibrate.calibrate import calibrate
@@ -71,7 +72,7 @@ def run_calibrate(job: Job, folder: RunFolder, progress: Progress) -> Calibratio
         return Calibration(folder.calibration, last + 1)
     with folder.stage("calibrate"):
         return calibrate(
-            job.model, job.recipe, job.records, job.calibration, folder.calibration, job.request.seed, progress
+            job.source, job.recipe, job.records, job.calibration, folder.calibration, job.request.seed, progress
         )
 
 
@@ -80,7 +81,7 @@ def run_quantize(job: Job, folder: RunFolder, calibration: Calibration, progress
     if (folder.quantized / "quant.json").exists():
         return open_checkpoint(folder.quantized)
     with folder.stage("quantize"):
-        folded = FoldedCheckpoint(job.model, calibration.transforms())
+        folded = FoldedCheckpoint(job.source, calibration.transforms())
         provenance = {
             "model": job.model.name if job.model.gguf is None else job.model.gguf.name,
             "weights_sha256": job.model.digest,
@@ -107,8 +108,12 @@ def run_validate(
     calibration: Calibration,
     bundle: Bundle,
     progress: Progress,
+    complete: Callable[[ValidationReport], ValidationReport] = lambda report: report,
 ) -> ValidationReport:
-    """The validate and report stages. They always run: a report must be of the file that is there now."""
+    """The validate and report stages. They always run: a report must be of the file that is there now.
+
+    `complete` adds what else was to be measured before the reports are written.
+    """
     if bundle.manifest.model.digest != job.model.digest:
         raise InputError("the bundle is of another model", where=str(bundle.folder), why=bundle.manifest.model.name)
     for name in REPORTS:  # whatever is found now, no older verdict may stand beside it
@@ -116,7 +121,7 @@ def run_validate(
     shipped, where = load_folder_tokenizer(bundle.folder), str(bundle.folder / "tokenizer.json")
     refuse_other_tokenizer(shipped, job.tokenizer, job.evaluation.ids_NT.flatten(), where)
     with folder.stage("validate"):
-        report = validate_bundle(job, folder, checkpoint, calibration, bundle, progress)
+        report = complete(validate_bundle(job, folder, checkpoint, calibration, bundle, progress))
     write_reports(bundle.folder, report)
     seal(bundle.folder, bundle.manifest)
     return report

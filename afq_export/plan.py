@@ -141,7 +141,8 @@ def program_size(job: Job) -> Size:
     config, records = job.model.config, list(job.records.values())
     *blocks, head = (_linear_bytes(record, job) for record in records)
     runtime = backend(job.target.runtime)
-    shared = config.tied and runtime.shares_rows(records[-1], job.recipe.embedding, job.target)
+    tied = config.tied and job.recipe.transforms.rotation == "off"
+    shared = tied and runtime.shares_rows(records[-1], job.recipe.embedding, job.target)
     norms = 4 * (_parameters(config) - sum(r.spec.outputs * r.spec.inputs for r in records[:-1]))
     return Size(
         linears=sum(blocks),

@@ -14,6 +14,8 @@ from afq_export.spec.sites import FoldSite, Form, SiteKind
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 QKV = ("q_proj", "k_proj", "v_proj")
 NORMS = ("attn_norm", "mlp_norm")
+WRITERS = ("o_proj", "down_proj")
+"""Linears whose output is added to the residual stream."""
 
 _NEEDS_BIAS = "RMSNorm has no bias to take it"
 _GATE = "the gate's nonlinearity stands between up and down: only a scale per channel or a permutation passes"

@@ -11,6 +11,8 @@ from afq_export.spec.sites import FoldSite, Form, SiteKind
 MODEL_TYPES = ("opt",)
 QKV = ("q_proj", "k_proj", "v_proj")
 NORMS = ("attn_norm", "mlp_norm")
+WRITERS = ("o_proj", "fc2")
+"""Linears whose output is added to the residual stream."""
 
 
 def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int, bool]]:

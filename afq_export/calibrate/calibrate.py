@@ -21,10 +21,13 @@ from afq_export.calibrate.ops import QuantizedPathOps, Records, token_weights
 from afq_export.calibrate.parameters import BlockParameters
 from afq_export.calibrate.ranges import observe_ranges
 from afq_export.calibrate.result import BlockResult, Calibration, block_path, read_block, write_block
+from afq_export.calibrate.rounding import round_block, rounded_weights
 from afq_export.calibrate.start import start_parameters
 from afq_export.calibrate.statistics import input_statistics
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.fold.forms import SiteChoice, choose_forms
+from afq_export.fold.sites import fold_block
+from afq_export.fold.transform import SiteTransform
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.load.corpus import Windows
 from afq_export.progress import Progress
@@ -66,7 +69,8 @@ def calibrate(
             targets = _targets(config, weights, x_float, x_quant, y_float, recipe)
             importance = token_weights(y_float, recipe.learning.loss)
             problem = BlockProblem(config, weights, of_block, x_quant, targets, importance)
-            result = _learn(problem, choices, recipe, seed + index, index, config.layers, progress)
+            exact = model.block(index, torch.float64)
+            result = _learn(problem, exact, choices, recipe, seed + index, index, config.layers, progress)
             write_block(path, result)
         x_quant = _quantized_output(folded, read_block(path), records, index, x_quant, recipe.learning.batch)
         x_float = y_float
@@ -86,6 +90,7 @@ def _targets(
 
 def _learn(
     problem: BlockProblem,
+    exact: Weights,
     choices: tuple[SiteChoice, ...],
     recipe: Recipe,
     seed: int,
@@ -93,7 +98,7 @@ def _learn(
     layers: int,
     progress: Progress,
 ) -> BlockResult:
-    """Start values, learning, static ranges of one block."""
+    """Start values, learning, rounding, static ranges of one block. `exact`: its weights in float64."""
     batch = recipe.learning.batch
     statistics = input_statistics(problem.config, problem.weights, problem.inputs, batch)
     start = start_parameters(choices, recipe, problem.weights, statistics, problem.records)
@@ -103,23 +108,25 @@ def _learn(
         progress(f"calibrate: block {index + 1} of {layers}, epoch", epoch, epochs)
 
     learned = learn_block(problem, start, recipe.learning, seed, tick)
+    transforms = _transforms(learned)
+    sites = family(problem.config).fold_sites(problem.config)
+    folded = {name: tensor.float() for name, tensor in fold_block(sites, transforms, exact).items()}
+    clips = {role: clip.detach() for role, clip in learned.parameters.clips().items()}
+    done = round_block(problem, folded, clips, recipe.rounding, seed, tick)
     ranges = {}
     activations = [record.spec.activation for record in problem.records.values()]
     if any(grid is not None and not grid.dynamic for grid in activations):
-        ranges = observe_ranges(problem, learned, recipe.ranges.method, batch)
-    return _result(learned, ranges, rounded)
+        ranges = observe_ranges(problem, rounded_weights(problem, folded, done), recipe.ranges.method, batch)
+    final = learned.final_loss if done.loss is None else done.loss
+    history = History(rounded, learned.start_loss, final, learned.epochs, learned.events)
+    return BlockResult(transforms, done.clips, ranges, history, done.codes)
 
 
 @torch.no_grad()
-def _result(learned: Learned, ranges: dict, rounded: float) -> BlockResult:
-    """What is saved: the masked matrices in float64, clipping factors, ranges, history."""
+def _transforms(learned: Learned) -> dict[str, SiteTransform]:
+    """The masked matrices in float64: what is folded and saved."""
     transforms = learned.parameters.transforms(learned.opened, learned.stability_factor, torch.float64)
-    return BlockResult(
-        {name: transform.detached() for name, transform in transforms.items()},
-        {role: clip.detach() for role, clip in learned.parameters.clips().items()},
-        ranges,
-        History(rounded, learned.start_loss, learned.final_loss, learned.epochs, learned.events),
-    )
+    return {name: transform.detached() for name, transform in transforms.items()}
 
 
 def _plain(records: Records) -> BlockParameters:

@@ -104,7 +104,7 @@ def measure(problem: BlockProblem, p: BlockParameters, opened: float, alpha: flo
     weights = quantized_block_weights(problem, p, opened, alpha)
     count = min(MEASURED, len(problem.inputs))
     windows = torch.arange(count) * len(problem.inputs) // count
-    return sum(float(_loss(problem, weights, part)) * len(part) for part in windows.split(batch)) / count
+    return sum(float(block_output_loss(problem, weights, part)) * len(part) for part in windows.split(batch)) / count
 
 
 def _epochs(
@@ -152,7 +152,7 @@ def train_step(
     p.zero_grad(set_to_none=True)
     weights = quantized_block_weights(problem, p, opened, alpha)
     with torch.autocast("cpu", torch.bfloat16, enabled=learning.autocast == "bfloat16"):
-        loss = _loss(problem, weights, part)
+        loss = block_output_loss(problem, weights, part)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise Diverged("the loss is not finite")
@@ -160,7 +160,7 @@ def train_step(
     return value
 
 
-def _loss(problem: BlockProblem, weights: Weights, part: Tensor) -> Tensor:
+def block_output_loss(problem: BlockProblem, weights: Weights, part: Tensor) -> Tensor:
     """The loss on the windows `part` with these folded and fake-quantized weights."""
     y = block(problem.config, QuantizedPathOps(problem.config, weights, problem.records), problem.inputs[part])
     return block_loss(y, tuple(t[part] for t in problem.targets), problem.token_weights[part])

@@ -32,16 +32,23 @@ class QuantizedPathOps(FloatOps):
         self._shared: tuple[Tensor, QuantSpec, Tensor] | None = None
 
     def linear(self, role: str, x: Tensor) -> Tensor:
+        y = super().linear(role, self.quantized_input(role, x))
+        if self.records[role].spec.output != "static":
+            return y
+        after = self.ranges[role][1] if self.ranges else None
+        return fake_quantize_static(y, after or seen_range(y))
+
+    def quantized_input(self, role: str, x: Tensor) -> Tensor:
+        """`x` on the grid that the linear's input has."""
         spec = self.records[role].spec.activation
         if spec is None:
-            return super().linear(role, x)
-        if spec.dynamic:
-            if self._shared is None or self._shared[0] is not x or self._shared[1] != spec:
-                self._shared = (x, spec, fake_quantize_dynamic(x, spec))
-            return super().linear(role, self._shared[2])
-        before, after = self.ranges[role] if self.ranges else (None, None)
-        y = super().linear(role, fake_quantize_static(x, before or seen_range(x)))
-        return fake_quantize_static(y, after or seen_range(y)) if self.records[role].spec.output == "static" else y
+            return x
+        if not spec.dynamic:
+            before = self.ranges[role][0] if self.ranges else None
+            return fake_quantize_static(x, before or seen_range(x))
+        if self._shared is None or self._shared[0] is not x or self._shared[1] != spec:
+            self._shared = (x, spec, fake_quantize_dynamic(x, spec))
+        return self._shared[2]
 
 
 def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Records) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from afq_export.arch.decoder import block
-from afq_export.arch.ops import FloatOps
-from afq_export.calibrate.learn import BlockProblem, Learned, quantized_block_weights
+from afq_export.arch.ops import FloatOps, Weights
+from afq_export.calibrate.learn import BlockProblem
 from afq_export.calibrate.ops import QuantizedPathOps, seen_range
 from afq_export.quantize.activations import dequantize_static, fake_quantize_static, quantize_static, range_grid
 from afq_export.quantize.checkpoint import StaticRange
@@ -73,11 +73,10 @@ class _ObservingOps(QuantizedPathOps):
 
 @torch.no_grad()
 def observe_ranges(
-    problem: BlockProblem, learned: Learned, method: Method, batch: int
+    problem: BlockProblem, weights: Weights, method: Method, batch: int
 ) -> dict[str, tuple[StaticRange, StaticRange | None]]:
-    """(input, output) grids by role, of the folded and weight-quantized block on its own inputs; no output grid where
-    the kernel's result is float."""
-    weights = quantized_block_weights(problem, learned.parameters, learned.opened, learned.stability_factor)
+    """(input, output) grids by role, of the block with its folded and quantized `weights` on its own inputs; no output
+    grid where the kernel leaves its result float."""
     seen: dict[str, tuple[_Observer, _Observer]] = {}
     for x in problem.inputs.split(batch):
         block(problem.config, _ObservingOps(problem.config, weights, problem.records, seen=seen), x)

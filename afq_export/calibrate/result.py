@@ -24,12 +24,14 @@ from afq_export.spec.strict import Data
 
 @dataclasses.dataclass(frozen=True)
 class BlockResult:
-    """`transforms` by site name (float64), `clips` [O, G] in (0, 1] by role, `ranges` (input, output) by role."""
+    """`transforms` by site name (float64), `clips` [O, G] in (0, 1] by role, `ranges` (input, output) by role, and
+    `codes` int8 [O, I] by role where weights are not rounded to nearest."""
 
     transforms: dict[str, SiteTransform]
     clips: dict[str, Tensor]
     ranges: dict[str, tuple[StaticRange, StaticRange | None]]
     history: History
+    codes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ def block_path(folder: Path, index: int) -> Path:
 def write_block(path: Path, result: BlockResult) -> None:
     """Writes a block's result whole or not at all. Raises InputError when a number in it is not finite."""
     tensors = {f"clip.{role}": clip.contiguous() for role, clip in result.clips.items()}
+    tensors |= {f"codes.{role}": codes.contiguous() for role, codes in result.codes.items()}
     for name, transform in result.transforms.items():
         tensors[f"matrix.{name}"] = transform.matrix.contiguous()
         if transform.shift is not None:
@@ -92,4 +95,5 @@ def read_block(path: Path) -> BlockResult:
         for name, form in meta.forms.items()
     }
     clips = {key.removeprefix("clip."): t for key, t in tensors.items() if key.startswith("clip.")}
-    return BlockResult(transforms, clips, meta.ranges, meta.history)
+    codes = {key.removeprefix("codes."): t for key, t in tensors.items() if key.startswith("codes.")}
+    return BlockResult(transforms, clips, meta.ranges, meta.history, codes)

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
+from afq_export.fold.rotation import RotatedCheckpoint
 from afq_export.fold.sites import fold_block
 from afq_export.fold.transform import SiteTransform
 from afq_export.load.checkpoint import DecoderWeights
+
+
+def basis(weights: DecoderWeights) -> Tensor | None:
+    """The orthogonal matrix [D, D] that the residual stream of `weights` is turned by, None when it is not."""
+    inner = weights.original if isinstance(weights, FoldedCheckpoint) else weights
+    return inner.residual if isinstance(inner, RotatedCheckpoint) else None
 
 
 @dataclasses.dataclass(frozen=True)

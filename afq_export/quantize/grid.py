@@ -33,6 +33,18 @@ def fake_quantize_weight(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) 
     return values.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]]
 
 
+def round_with_offsets(weight_OI: Tensor, scales_OG: Tensor, offsets_OGg: Tensor, spec: QuantSpec) -> Tensor:
+    """`scale * clamp(round(w / scale + offset))` [O, I] with straight-through gradients for scale and offset."""
+    values = _RoundWithOffsets.apply(grouped(weight_OI, spec), scales_OG[..., None], offsets_OGg, spec.qmin, spec.qmax)
+    return values.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]]
+
+
+def rounded_codes(weight_OI: Tensor, scales_OG: Tensor, offsets_OGg: Tensor, spec: QuantSpec) -> Tensor:
+    """The codes int8 [O, I] of `round_with_offsets`."""
+    codes = (grouped(weight_OI, spec) / scales_OG[..., None] + offsets_OGg).round().clamp(spec.qmin, spec.qmax)
+    return codes.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]].to(torch.int8)
+
+
 def grouped(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
     """The weight as [O, G, g]; a ragged last group is padded with zeros, which never widen a range."""
     if spec.granularity is not Granularity.PER_GROUP:
@@ -69,3 +81,21 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         slope, inside = ctx.saved_tensors
         return grad * inside, (grad * slope).sum(-1, keepdim=True), None, None
+
+
+class _RoundWithOffsets(torch.autograd.Function):
+    """As `_FakeQuantize`, for the scale and the offset in front of the rounding; the weight is given."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, scale: Tensor, offsets: Tensor, qmin: int, qmax: int) -> Tensor:
+        ratio = values / scale
+        moved = ratio + offsets
+        codes = moved.round().clamp_(qmin, qmax)
+        inside = (moved >= qmin - 0.5) & (moved <= qmax + 0.5)
+        ctx.save_for_backward(codes - ratio * inside, inside, scale)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        slope, inside, scale = ctx.saved_tensors
+        return None, (grad * slope).sum(-1, keepdim=True), grad * inside * scale, None, None

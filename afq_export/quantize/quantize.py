@@ -73,16 +73,22 @@ def quantize_block(
         record = records[linear_name(index, role)]
         if ranges is not None:
             record = msgspec.structs.replace(record, input=ranges[0], output=ranges[1])
-        linears.append(quantize_linear(record, weights, result.clips[role], role))
+        linears.append(quantize_linear(record, weights, result.clips[role], role, result.codes.get(role)))
     floats = {f"float.{key}": t for key, t in weights.items() if key.rsplit(".", 1)[0] not in roles}
     return QuantizedPart(tuple(linears), floats)
 
 
-def quantize_linear(record: LinearRecord, weights: Mapping[str, Tensor], clip_OG: Tensor, role: str) -> QuantizedLinear:
-    """Codes and scales of one linear from float32 weights [O, I] and its clipping factors [O, G]."""
+def quantize_linear(
+    record: LinearRecord, weights: Mapping[str, Tensor], clip_OG: Tensor, role: str, codes_OI: Tensor | None = None
+) -> QuantizedLinear:
+    """Codes and scales of one linear from float32 weights [O, I] and its clipping factors [O, G].
+
+    `codes`: what calibration rounded the weights to; None: to nearest.
+    """
     weight, spec = weights[f"{role}.weight"], record.spec.weight
     scales = weight_scales(weight, clip_OG.float(), spec)
-    return QuantizedLinear(record, weight_codes(weight, scales, spec), scales, weights.get(f"{role}.bias"))
+    codes = weight_codes(weight, scales, spec) if codes_OI is None else codes_OI
+    return QuantizedLinear(record, codes, scales, weights.get(f"{role}.bias"))
 
 
 def quantize_embedding(rows_VD: Tensor, embedding: Embedding) -> QuantizedEmbedding:

@@ -58,10 +58,12 @@ class Transforms(Data):
 
     `affine` is a full matrix per head (tied over the query heads of a KV head); where only a scaled rotation per RoPE
     pair commutes it is that; where no matrix folds exactly it is refused with the reason (see arch/*.fold_sites).
+    `rotation` turns the residual stream, and the heads between v and o, by fixed random Hadamard matrices first.
     `shift` learns a shift where one folds. `start` is the diagonal's first value: ones, SmoothQuant's
     `act^p / weight^(1-p)` with p = `power`, or `search`: AWQ's grid over p with the least block error.
     """
 
+    rotation: Literal["off", "hadamard"] = "off"
     norm_to_linears: Literal["off", "diagonal", "affine"] = "off"
     v_to_o: Literal["off", "diagonal", "affine", "permutation"] = "off"
     q_to_k: Literal["off", "diagonal", "affine"] = "off"
@@ -95,6 +97,20 @@ class Learning(Data):
     autocast: Literal["float32", "bfloat16"] = "float32"
 
 
+class Rounding(Data):
+    """How folded weights are rounded to their grids, after the transforms are learned.
+
+    `nearest`; `gptq` (arXiv 2210.17323); `learned` (SignRound, arXiv 2309.05516): `steps` of signed gradient descent on
+    `batch` windows each, `rate` of a grid step at first and falling to 0, in the precision `autocast`.
+    """
+
+    method: Literal["nearest", "gptq", "learned"] = "nearest"
+    steps: Count = 120
+    batch: Count = 4
+    rate: NonNegative = 0.01
+    autocast: Literal["float32", "bfloat16"] = "float32"
+
+
 class Ranges(Data):
     """Static activation ranges: the extremes seen, the range with the least squared error on them, or the one that
     leaves out 0.01 % of the values at either end."""
@@ -125,4 +141,4 @@ class Recipe(Data):
     learning: Learning = Learning()
     ranges: Ranges = Ranges()
     samples: Samples = Samples()
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Rounding = Rounding()

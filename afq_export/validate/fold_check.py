@@ -10,6 +10,7 @@ from torch import Tensor
 
 from afq_export.arch import decoder
 from afq_export.errors import VerdictError
+from afq_export.fold.folded import basis
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.progress import Progress, silent
 from afq_export.validate.rungs import FloatRung, run_block
@@ -63,15 +64,21 @@ def check_fold(
 def _compare(
     original: DecoderWeights, folded: DecoderWeights, ids_NT: Tensor, dtype: torch.dtype, progress: Progress
 ) -> tuple[float, str | None]:
-    """Relative error of the logits, and the first place whose output departs by more than TOLERANCE."""
+    """Relative error of the logits, and the first place whose output, in the folded model's basis, departs by more than
+    TOLERANCE."""
+    turn = basis(folded)
+
+    def error(x: Tensor, y: Tensor) -> float:
+        return relative_error(x if turn is None else x @ turn.to(x.dtype), y)
+
     config, label = original.config, f"fold check {str(dtype).removeprefix('torch.')}"
     rungs = (FloatRung(original, dtype), FloatRung(folded, dtype))
     states = [rung.embed(ids_NT) for rung in rungs]
-    departed = None if relative_error(*states) <= TOLERANCE else "embedding"
+    departed = None if error(*states) <= TOLERANCE else "embedding"
     for index in range(config.layers):
         progress(label, index, config.layers)
         states = [run_block(rung, rung.block(index), x) for rung, x in zip(rungs, states, strict=True)]
-        if departed is None and not relative_error(*states) <= TOLERANCE:
+        if departed is None and not error(*states) <= TOLERANCE:
             departed = f"blocks.{index}"
     heads = [rung.head() for rung in rungs]
     errors = [

@@ -43,7 +43,7 @@ def validate_bundle(
         ),
         recipe=job.recipe.name,
         original=job.model,
-        folded=FoldedCheckpoint(job.model, calibration.transforms()),
+        folded=FoldedCheckpoint(job.source, calibration.transforms()),
         coverage=runtime.coverage(bundle, job.target, checkpoint),
         cost=Cost(
             calibrate_s=folder.cost("calibrate", "seconds"),

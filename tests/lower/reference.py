@@ -12,7 +12,7 @@ from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import FloatOps, Weights
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.catalog import load_target
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 
 TARGET = load_target("android-xnnpack")
 ARITHMETICS = {kernel.name: kernel.arithmetic for kernel in TARGET.kernels}

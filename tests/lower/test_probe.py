@@ -12,7 +12,7 @@ from afq_export.lower.executorch.probe import run_linears
 from afq_export.lower.executorch.program import lower_program
 from afq_export.progress import silent
 from afq_export.runtime.library import load_runtime
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 from tests.checkpoints import KERNELS, random_checkpoint, random_linear, small_config
 from tests.lower.reference import ARITHMETICS, TARGET
 

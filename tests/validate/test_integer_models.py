@@ -17,8 +17,9 @@ from afq_export.quantize.activations import quantize_tokens
 from afq_export.quantize.checkpoint import QuantizedLinear
 from afq_export.validate.integer import xnnpack
 from afq_export.validate.integer.float32 import fma
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 from tests.checkpoints import KERNELS, random_linear, xnnpack_target
+from tests.validate.onnx_programs import linear_of
 
 F32 = np.float32
 F32_MAX = np.finfo(F32).max
@@ -130,6 +131,103 @@ def test_model_is_the_slow_model(kernel, bias):
     assert (ours.numpy() == slow(linear, x.numpy())).all()
 
 
+def slow_dot(codes: list[int], weights: list[int]) -> int:
+    return sum(a * w for a, w in zip(codes, weights, strict=True))
+
+
+def slow_static_onnx(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
+    """QuantizeLinear, then MatMulIntegerToFloat or QLinearMatMul, with Python integers."""
+    source, target = linear.record.input, linear.record.output
+    xs, out = F32(source.scale), np.zeros((len(x), len(linear.codes)), F32)
+    for t, row in enumerate(x):
+        codes = [min(max(int(np.rint(v / xs)) + source.zero_point, -128), 127) - source.zero_point for v in row]
+        for o, weights in enumerate(linear.codes.tolist()):
+            total, unit = F32(slow_dot(codes, weights)), xs * F32(linear.scales[o, 0])
+            if target is None:
+                out[t, o] = total * unit if linear.bias is None else total * unit + F32(linear.bias[o])
+                continue
+            code = int(np.rint(total * (unit / F32(target.scale)))) + target.zero_point
+            out[t, o] = F32(min(max(code, -128), 127) - target.zero_point) * F32(target.scale)
+    return out
+
+
+def slow_tokens_onnx(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
+    """One symmetric grid per token and MatMulInteger, with Python integers."""
+    out = np.zeros((len(x), len(linear.codes)), F32)
+    for t, row in enumerate(x):
+        step = max(np.abs(row).max(), F32(2.0**-90)) / F32(127)
+        codes = [int(np.rint(v / step)) for v in row]
+        for o, weights in enumerate(linear.codes.tolist()):
+            out[t, o] = F32(slow_dot(codes, weights)) * step * F32(linear.scales[o, 0])
+            if linear.bias is not None:
+                out[t, o] += F32(linear.bias[o])
+    return out
+
+
+def slow_blocks_onnx(linear: QuantizedLinear, x: np.ndarray) -> np.ndarray:
+    """MatMulNBits in exact fractions, rounded once: level 4 with int8 groups of the input, level 0 with the floats."""
+    group, out = linear.spec.weight.group, np.zeros((len(x), len(linear.codes)), F32)
+    for t, row in enumerate(x):
+        for o, weights in enumerate(linear.codes.tolist()):
+            total = Fraction(0 if linear.bias is None else float(linear.bias[o]))
+            for g, start in enumerate(range(0, len(row), group)):
+                part, scale = row[start : start + group], F32(linear.scales[o, g])
+                some = weights[start : start + group]
+                if linear.spec.activation is None:
+                    products = zip(part, some, strict=True)
+                    total += sum(Fraction(float(v)) * Fraction(float(F32(w) * scale)) for v, w in products)
+                    continue
+                largest = np.abs(part).max()
+                codes = [int(np.rint(v * (F32(127) / largest))) if largest else 0 for v in part]
+                total += slow_dot(codes, some) * Fraction(float(largest / F32(127))) * Fraction(float(scale))
+            out[t, o] = F32(float(total))
+    return out
+
+
+SLOW_ONNX = {
+    "static_to_float": slow_static_onnx,
+    "static_requantized": slow_static_onnx,
+    "dynamic_per_token": slow_tokens_onnx,
+    "dynamic_per_block": slow_blocks_onnx,
+    "weight_only": slow_blocks_onnx,
+}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("arithmetic", SLOW_ONNX)
+def test_onnxruntime_model_is_the_slow_model(arithmetic, bits, bias):
+    """The last group is ragged."""
+    linear = linear_of(arithmetic, 9, 77, bits=bits, bias=bias, seed=3)
+    x = torch.randn(7, 77, generator=torch.Generator().manual_seed(1))
+    x[0], x[1], x[2] = 0, x[1].abs(), -x[2].abs() - 3
+    x[3, 5], x[4] = 300, x[4] * 1e-12
+    x[5] = (x[5] * 4).round() / 8 * linear.record.input.scale if linear.record.input else x[5].round() / 2
+    ours = integer_linear(f"onnxruntime.{arithmetic}", linear, x)
+    assert ours.dtype is torch.float32
+    assert (ours.numpy() == SLOW_ONNX[arithmetic](linear, x.numpy())).all()
+
+
+def test_groups_too_small_for_a_scale_are_zero():
+    """127 / largest is not finite there: no number may come of it, as none comes of it in the kernel."""
+    linear = linear_of("dynamic_per_block", 8, 64, bias=False)
+    x = torch.full((1, 64), 1e-38)
+    assert (integer_linear("onnxruntime.dynamic_per_block", linear, x) == 0).all()
+
+
+@pytest.mark.parametrize("arithmetic", ["static_to_float", "static_requantized"])
+def test_a_static_model_needs_its_ranges(arithmetic):
+    linear = linear_of("weight_only", bias=False)
+    with pytest.raises(InputError, match="no static activation range"):
+        integer_linear(f"onnxruntime.{arithmetic}", linear, torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("arithmetic", ["dynamic_per_token", "dynamic_per_block"])
+def test_a_dynamic_model_needs_a_grid(arithmetic):
+    with pytest.raises(InputError, match="no dynamic activation grid"):
+        integer_linear(f"onnxruntime.{arithmetic}", linear_of("weight_only"), torch.zeros(1, 64))
+
+
 @pytest.mark.parametrize("group", [32, 64, 96])
 def test_fast_group_sums_are_the_emulated_ones(group, monkeypatch):
     """Both exact dtypes against the general path, on scales that spread over five octaves."""
@@ -140,9 +238,9 @@ def test_fast_group_sums_are_the_emulated_ones(group, monkeypatch):
     taken = []
     choose = xnnpack._exact_dtype
     monkeypatch.setattr(xnnpack, "_exact_dtype", lambda *a: taken.append(choose(*a)) or taken[-1])
-    fast = integer_linear("dynamic_per_group", linear, x)
+    fast = integer_linear("xnnpack.dynamic_per_group", linear, x)
     monkeypatch.setattr(xnnpack, "_exact_dtype", lambda *a: None)
-    assert torch.equal(fast, integer_linear("dynamic_per_group", linear, x))
+    assert torch.equal(fast, integer_linear("xnnpack.dynamic_per_group", linear, x))
     assert taken == [torch.float32 if group == 32 else torch.float64]
 
 
@@ -153,7 +251,7 @@ def test_scales_too_far_apart_take_the_emulation():
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(4))
     grouped = xnnpack._grouped(linear.codes, 64)
     assert xnnpack._exact_dtype(grouped, scales.t()) is None
-    assert (integer_linear("dynamic_per_group", linear, x).numpy() == slow_dynamic(linear, x.numpy())).all()
+    assert (integer_linear("xnnpack.dynamic_per_group", linear, x).numpy() == slow_dynamic(linear, x.numpy())).all()
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -180,7 +278,7 @@ def test_group_scales_must_be_bfloat16():
     linear = random_linear("qd8-f32-qb4w", 4, 64)
     linear = dataclasses.replace(linear, scales=linear.scales * (1 + 2.0**-12))
     with pytest.raises(InputError, match="bfloat16"):
-        integer_linear("dynamic_per_group", linear, torch.randn(1, 64))
+        integer_linear("xnnpack.dynamic_per_group", linear, torch.randn(1, 64))
 
 
 def test_unknown_arithmetic_names_the_known_ones():
@@ -193,4 +291,4 @@ def test_overflow_is_an_error():
     linear = random_linear("qd8-f32-qc8w", 1, 1 << 17)
     linear = dataclasses.replace(linear, codes=torch.full_like(linear.codes, -128))
     with pytest.raises(InputError, match="overflow"):
-        integer_linear("dynamic_per_channel", linear, torch.ones(1, 1 << 17))
+        integer_linear("xnnpack.dynamic_per_channel", linear, torch.ones(1, 1 << 17))

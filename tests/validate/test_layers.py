@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 from afq_export.validate.layers import check_layers, compare_layer, output_step, sqnr_db
 from tests.checkpoints import (
     KERNELS,
@@ -95,7 +95,7 @@ def test_last_bits_pass_only_where_the_target_allows_them():
 
 def test_nan_from_the_runtime_fails():
     linear, x = random_linear("qd8-f32-qb4w"), torch.ones(2, 64)
-    theirs = integer_linear("dynamic_per_group", linear, x)
+    theirs = integer_linear("xnnpack.dynamic_per_group", linear, x)
     theirs[1, 1] = math.nan
     report = compare_layer(linear, TARGET.kernel("qd8-f32-qb4w"), x, theirs)
     assert (report.passed, report.max_steps) == (False, None)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from afq_export.arch import decoder
 from afq_export.quantize.activations import quantize_static, quantize_tokens
 from afq_export.validate.evaluate import hidden_states
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 from afq_export.validate.rungs import (
     FloatRung,
     ObservedOps,

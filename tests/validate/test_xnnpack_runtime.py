@@ -13,7 +13,7 @@ from torch import Tensor
 
 from afq_export.quantize.activations import quantize_static
 from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
-from afq_export.validate.integer.xnnpack import integer_linear
+from afq_export.validate.integer.linear import integer_linear
 from tests.checkpoints import KERNELS, random_linear, xnnpack_target
 from tests.validate.xnnpack_programs import MAX_TOKENS, compile_linears
 
@@ -128,7 +128,7 @@ def test_static_ties_follow_the_kernel():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         [theirs] = compile_linears([linear])([x])
-    assert torch.equal(integer_linear("static_per_channel", linear, x), theirs)
+    assert torch.equal(integer_linear("xnnpack.static_per_channel", linear, x), theirs)
 
 
 def test_static_input_multiplies_by_the_float32_reciprocal():
@@ -146,4 +146,4 @@ def test_static_input_multiplies_by_the_float32_reciprocal():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         [theirs] = compile_linears([linear])([near])
-    assert torch.equal(integer_linear("static_per_channel", linear, near), theirs)
+    assert torch.equal(integer_linear("xnnpack.static_per_channel", linear, near), theirs)

@@ -116,8 +116,8 @@ class OnnxFloatParts:
         write: Callable[[Operand], Operand],
         integers: tuple[str, ...] = (),
     ) -> Part:
-        """The model of an operator on `x`, made once for each `key` and number of dimensions."""
-        key = (*key, x.ndim)
+        """The model of an operator on `x`, made once for each `key` and shape: q and k norms see other heads."""
+        key = (*key, *x.shape[2:])
         if key not in self._parts:
             shape = (BATCH, SEQUENCE, *x.shape[2:])
             graph = OnnxGraph()

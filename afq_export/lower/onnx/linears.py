@@ -30,6 +30,9 @@ from afq_export.spec.target import Kernel
 MIDDLE = 128
 """What is added to an int8 code to store it as uint8."""
 
+QMAX = 127
+"""The largest code of a symmetric grid."""
+
 STORED = {2: ml_dtypes.int2, 4: ml_dtypes.int4, 8: np.int8}
 """Bits of a stored code -> its type in the file."""
 
@@ -138,7 +141,7 @@ def _token_codes(graph: OnnxGraph, x: str) -> tuple[str, str]:
         largest = graph.node("ReduceMax", [absolute, graph.integers(-1)], f"{x}.largest", keepdims=1)
         floor = graph.constant(np.array(LEAST_LARGEST, np.float32), "least")
         largest = graph.node("Max", [largest, floor], f"{x}.range")
-        step = graph.node("Div", [largest, graph.constant(np.array(127, np.float32), "qmax")], f"{x}.step")
+        step = graph.node("Div", [largest, graph.constant(np.array(QMAX, np.float32), "qmax")], f"{x}.step")
         rounded = graph.node("Round", [graph.node("Div", [x, step], f"{x}.steps")], f"{x}.rounded")
         shifted = graph.node("Add", [rounded, graph.constant(np.array(MIDDLE, np.float32), "middle")], f"{x}.shifted")
         return graph.node("Cast", [shifted], f"{x}.codes", to=TensorProto.UINT8), step

@@ -12,8 +12,9 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from afq_export.errors import InputError
-from afq_export.lower.onnx.linears import MIDDLE
+from afq_export.lower.onnx.linears import MIDDLE, QMAX
 from afq_export.lower.stored import StoredLinear
+from afq_export.quantize.activations import LEAST_LARGEST
 from afq_export.quantize.checkpoint import StaticRange
 
 
@@ -66,7 +67,9 @@ class _Reader:
                 self.consumers[name].append(node)
 
     def array(self, name: str) -> np.ndarray:
-        """An initializer's values."""
+        """An initializer's values. Raises InputError when `name` is a value that is computed."""
+        if name not in self.initializers:
+            raise InputError("a number of a linear is computed, not stored", where=name)
         return numpy_helper.to_array(self.initializers[name])
 
     def linear(self, node: NodeProto) -> StoredLinear:
@@ -78,15 +81,37 @@ class _Reader:
         middle = int(self.array(node.input[2])) if len(node.input) > 2 else 0
         if middle != MIDDLE or len(node.input) > 3:
             raise InputError("a MatMulInteger with other zero points", where=node.name)
-        y, scales = node.output[0], None
-        while (follower := self._follower(y, ("Cast", "Mul"))) is not None:
-            stored = [name for name in follower.input if name in self.initializers]
-            scales = self.array(stored[0]) if stored else scales
-            y = follower.output[0]
-        if scales is None:
+        step = self._token_step(node)
+        sums = self._follower(node.output[0], ("Cast",))
+        stepped = self._follower(sums.output[0], ("Mul",)) if sums else None
+        scaled = self._follower(stepped.output[0], ("Mul",)) if stepped and step in stepped.input else None
+        scales = [self.array(name) for name in scaled.input if name in self.initializers] if scaled else []
+        if scaled is None or not scales:
             raise InputError("a MatMulInteger without scales", where=node.name)
         grids = dict(weight="int8 per_channel", activation="int8 per_token dynamic")
-        return StoredLinear("MatMulInteger", codes.T, scales[:, None], self._bias(y), **grids)
+        return StoredLinear("MatMulInteger", codes.T, scales[0][:, None], self._bias(scaled.output[0]), **grids)
+
+    def _token_step(self, node: NodeProto) -> str:
+        """The value that holds the steps of a MatMulInteger's input, whose codes must be made as linears.py does."""
+        shifted = self._producer(node.input[0], "Cast")
+        rounded = self._producer(shifted.input[0], "Add")
+        steps = self._producer(self._producer(rounded.input[0], "Round").input[0], "Div")
+        step = self._producer(steps.input[1], "Div")
+        least = self._producer(step.input[0], "Max")
+        source = self._producer(self._producer(least.input[0], "ReduceMax").input[0], "Abs").input[0]
+        numbers = [float(self.array(name)) for name in (rounded.input[1], step.input[1], least.input[1])]
+        if numbers != [MIDDLE, QMAX, LEAST_LARGEST] or source != steps.input[0]:
+            raise InputError("a MatMulInteger on another grid", where=node.name, why=f"its numbers are {numbers}")
+        return step.output[0]
+
+    def _producer(self, value: str, operator: str) -> NodeProto:
+        """The node that gives `value`. Raises InputError when it is no `operator`."""
+        producer = self.producers.get(value)
+        if producer is None or producer.op_type != operator:
+            raise InputError(
+                "not a pattern that this package writes", where=value, why=f"it does not come from {operator}"
+            )
+        return producer
 
     def _dequantized(self, node: NodeProto) -> StoredLinear:
         weight = self.producers.get(node.input[1])
@@ -95,7 +120,10 @@ class _Reader:
         codes, scales, *zeros = (self.array(name) for name in weight.input)
         if any(zero.astype(np.int32).any() for zero in zeros):
             raise InputError("weights with zero points", where=node.name)
-        block = next((attribute.i for attribute in weight.attribute if attribute.name == "block_size"), 0)
+        attributes = {attribute.name: attribute.i for attribute in weight.attribute}
+        block = attributes.get("block_size", 0)
+        if attributes.get("axis") != (0 if block else 1):
+            raise InputError("weights with scales along the other axis", where=node.name)
         kind = f"{codes.dtype}{' in blocks of ' + str(block) if block else ''}"
         scales = scales.T if block else scales[:, None]
         source, y, target = self.producers.get(node.input[0]), node.output[0], None
@@ -114,7 +142,14 @@ class _Reader:
         return any(follower.name.startswith(f"{node.name}.output") for follower in self.consumers[node.output[0]])
 
     def _grid(self, node: NodeProto) -> StaticRange:
-        scale, zero_point = (self.array(name) for name in node.input[1:3])
+        """The grid of a QuantizeLinear or DequantizeLinear, which must be that of its other half."""
+        if node.op_type == "QuantizeLinear":
+            other = self._follower(node.output[0], ("DequantizeLinear",))
+        else:
+            other = self._producer(node.input[0], "QuantizeLinear")
+        scale, zero_point = numbers = [self.array(name) for name in node.input[1:3]]
+        if other is None or [self.array(name) for name in other.input[1:3]] != numbers:
+            raise InputError("quantized on one grid and dequantized on another", where=node.name)
         return StaticRange(float(scale), int(zero_point) - MIDDLE)
 
     def _bias(self, y: str) -> np.ndarray | None:

@@ -39,12 +39,12 @@ def static_to_float(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
 def static_requantized(linear: QuantizedLinear, x_TI: Tensor) -> Tensor:
     """Input and output on stored grids; dequantized float32 [T, O].
 
-    With a bias the runtime takes MatMulIntegerToFloat instead, adds the bias in float32 and quantizes the sum. The
-    output's grid is that of the biased output either way.
+    Raises InputError for a linear with a bias: the runtime would take MatMulIntegerToFloat instead, add the bias in
+    float32 and quantize the sum.
     """
-    grid = output_grid(linear)
     if linear.bias is not None:
-        return dequantize_static(quantize_by_division(static_to_float(linear, x_TI), grid), grid)
+        raise InputError("QLinearMatMul takes no bias", where=linear.spec.name)
+    grid = output_grid(linear)
     requantization_O = _product_scales(linear) / _float32(grid.scale)
     return dequantize_static(_rounded(_sums(linear, x_TI).float() * requantization_O, grid), grid)
 
