@@ -19,6 +19,7 @@ from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.report.layers import LayerGroup, layer_groups
 from afq_export.runfolder import peak_rss_mb
 from afq_export.spec.quant import ScaleType
+from afq_export.spec.recipe import Rounding
 from afq_export.spec.strict import Data
 
 HELD = 6
@@ -33,6 +34,8 @@ STEP_SECONDS = 0.03
 """What a learning step takes besides matmuls on a tiny block: calls, optimiser, small operators."""
 ELEMENTS_PER_SECOND = 2.5e8
 """Weights that are folded and fake-quantized, forth and back, in a second."""
+GPTQ_PASSES = 8
+"""Forward passes, and times that weights are gone through, of rounding a block by GPTQ."""
 SEARCH_PASSES = 22
 """Times that clipping and start values quantize a block's weights when they are searched."""
 RUNG_PASSES = 8
@@ -103,6 +106,8 @@ class Plan(Data, kw_only=True):
     calibration: str
     evaluation: str
     embedding: str
+    rotation: str
+    rounding: str
     sites: tuple[SitePlan, ...]
     layers: tuple[LayerGroup, ...]
     size: Size
@@ -128,6 +133,8 @@ def plan(job: Job, gflops: float) -> Plan:
         calibration=f"{len(calibration.ids_NT)} windows of {calibration.length} tokens of {calibration.corpus}",
         evaluation=f"{len(evaluation.ids_NT)} windows of {evaluation.length} tokens of {evaluation.corpus}",
         embedding=_embedding(job),
+        rotation=job.recipe.transforms.rotation,
+        rounding=_rounding(job.recipe.rounding),
         sites=tuple(_site(choice) for choice in job.choices),
         layers=layer_groups(job.records),
         size=size,
@@ -178,6 +185,11 @@ def time(job: Job, gflops: float, size: Size) -> Time:
     steps = recipe.learning.epochs * math.ceil(windows / recipe.learning.batch)
     learning = recipe.learning.epochs * STEP_PASSES * forward + steps * (STEP_SECONDS + weights)
     block = passes * forward + learning + (SEARCH_PASSES if searched else 2) * weights
+    if recipe.rounding.method == "learned":
+        share = recipe.rounding.steps * recipe.rounding.batch / windows
+        block += share * STEP_PASSES * forward + recipe.rounding.steps * (STEP_SECONDS + weights)
+    elif recipe.rounding.method == "gptq":
+        block += GPTQ_PASSES * (forward + weights)
     seen, seen_length = job.evaluation.ids_NT.numel(), job.evaluation.length
     head = 2 * config.vocab * config.hidden
     operations = seen * (config.layers * _block_operations(job, seen_length) + head)
@@ -208,6 +220,10 @@ def _embedding(job: Job) -> str:
     if embedding.bits == 32:
         return "float32 rows"
     return f"int{embedding.bits} rows, a scale per {f'{embedding.group} columns' if embedding.group else 'row'}"
+
+
+def _rounding(rounding: Rounding) -> str:
+    return f"learned, {rounding.steps} steps a block" if rounding.method == "learned" else rounding.method
 
 
 def _parameters(config: DecoderConfig) -> int:

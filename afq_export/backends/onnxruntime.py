@@ -9,13 +9,15 @@ model.ort, model.required_operators_and_types.config   for minimal builds, where
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
+from afq_export.errors import InputError, VerdictError
 from afq_export.lower.bundle import Bundle
 from afq_export.progress import Progress
 from afq_export.quantize.assign import session_options
@@ -23,6 +25,9 @@ from afq_export.quantize.checkpoint import LinearRecord, QuantizedCheckpoint
 from afq_export.spec.recipe import Embedding
 from afq_export.spec.report import Coverage
 from afq_export.spec.target import TargetProfile
+
+if TYPE_CHECKING:
+    from afq_export.runtime.onnxruntime import RunOptions
 
 NBITS, BYTE = "MatMulNBits", 8
 PROGRAM_BYTES = 5_000
@@ -34,14 +39,20 @@ SESSION_FILE = "session_options.json"
 
 
 def refuse(target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
-    """Opset and IR version, execution providers, and session options of kernels that exclude each other."""
+    """Kernels of another runtime, opset and IR version, execution providers, and session options that do not fit."""
+    from afq_export.lower.onnx.linears import WRITERS
     from afq_export.lower.onnx.program import require_opset
-    from afq_export.runtime.onnxruntime import refuse_missing_providers, require_onnxruntime
+    from afq_export.runtime import onnxruntime
 
+    if target.onnx is None:
+        raise InputError("the target has no [onnx] table", where=target.name, do='start from base = "linux-x64-ort"')
+    for kernel in {record.kernel: target.kernel(record.kernel) for record in records.values()}.values():
+        if kernel.arithmetic not in WRITERS:
+            raise InputError("ONNX Runtime has no such kernel", where=f"{target.name}: {kernel.name}")
     require_opset(target)
-    require_onnxruntime()
-    refuse_missing_providers(target.onnx.providers)
-    session_options(records, target)
+    onnxruntime.require_onnxruntime()
+    onnxruntime.refuse_missing_providers(target.onnx.providers)
+    onnxruntime.session_options(session_options(records, target))
 
 
 def overhead(config: DecoderConfig, records: Mapping[str, LinearRecord], target: TargetProfile) -> int:
@@ -80,22 +91,22 @@ def write(
     """model.onnx and everything in the module's table."""
     from afq_export.lower.onnx.genai import GENAI_CONFIG, genai_config
     from afq_export.lower.onnx.ort_format import write_ort_format
-    from afq_export.lower.onnx.program import context_length, lower_onnx
+    from afq_export.lower.onnx.program import lower_onnx
     from afq_export.lower.onnx.vectors import write_vectors
-    from afq_export.runtime.onnxruntime import OnnxSession, RunOptions, write_options
+    from afq_export.runtime.onnxruntime import OnnxSession, write_options
 
     content = lower_onnx(checkpoint, target, folder, provenance, progress)
     del content
-    session = session_options(checkpoint.records, target)
-    context = context_length(checkpoint, target)
-    options = RunOptions(session, target.onnx.providers, context, min(target.shapes.prefill, context))
+    options = run_options(checkpoint, target)
     write_options(folder / SESSION_FILE, options)
     opened = OnnxSession(folder / "model.onnx", options)
     inputs, outputs = opened.run_both(vector)
     write_vectors(folder, inputs, outputs)
-    (folder / GENAI_CONFIG).write_text(genai_config(checkpoint.config, context, session), encoding="utf-8")
+    (folder / GENAI_CONFIG).write_text(
+        genai_config(checkpoint.config, options.context, options.session), encoding="utf-8"
+    )
     if target.onnx.ort_format:
-        write_ort_format(folder / "model.onnx", folder, session)
+        write_ort_format(folder / "model.onnx", folder, options.session)
 
 
 def open_session(bundle: Bundle):
@@ -136,7 +147,28 @@ def coverage(bundle: Bundle, target: TargetProfile, checkpoint: QuantizedCheckpo
 
     content = read_onnx(bundle.model)
     verify(checkpoint, target, content)
+    verify_options(bundle, run_options(checkpoint, target))
     return coverage_of(checkpoint, content)
+
+
+def run_options(checkpoint: QuantizedCheckpoint, target: TargetProfile) -> RunOptions:
+    """How the target runs the checkpoint's program."""
+    from afq_export.lower.onnx.program import context_length
+    from afq_export.runtime.onnxruntime import RunOptions
+
+    session, context = session_options(checkpoint.records, target), context_length(checkpoint, target)
+    return RunOptions(session, target.onnx.providers, context, min(target.shapes.prefill, context))
+
+
+def verify_options(bundle: Bundle, expected: RunOptions) -> None:
+    """Raises VerdictError when the bundle's options are others: not each of them shows in a result on every CPU."""
+    found = _options(bundle)
+    if found == expected:
+        return
+    one, other = ({**options.session, **dataclasses.asdict(options)} for options in (found, expected))
+    wrong = next(key for key in one | other if key != "session" and one.get(key) != other.get(key))
+    why = f"{wrong} is {one.get(wrong)!r} instead of {other.get(wrong)!r}"
+    raise VerdictError("the session options are not the target's", where=SESSION_FILE, why=why)
 
 
 def describe(path: Path) -> tuple[dict[str, Any], list[tuple[str, int, int, str, str]]]:

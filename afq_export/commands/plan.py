@@ -40,6 +40,8 @@ def _text(plan: Plan) -> str:
         "calibration": plan.calibration,
         "evaluation": plan.evaluation,
         "embedding": plan.embedding,
+        "rotation": plan.rotation,
+        "rounding": plan.rounding,
         "run folder": plan.out,
     }
     estimates = {

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from afq_export.errors import AfqError, InputError, MissingToolError
+from afq_export.spec.strict import Data
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -25,6 +29,9 @@ LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 """`graph_optimization_level` in our files -> ONNX Runtime's name."""
+FIRST_VERSION = (1, 31)
+"""The version whose kernels validate/integer/onnxruntime.py was measured on."""
+INSTALL = 'run `pip install "onnxruntime>=1.31,<1.32"`'
 SILENT = 4
 """Log level at which only fatal errors are printed: what goes wrong is raised as well."""
 LEVEL = "graph_optimization_level"
@@ -186,12 +193,23 @@ def session_options(session: Mapping[str, str], profile: Path | None = None) -> 
 
 
 def require_onnxruntime() -> Any:
-    """The module. Raises MissingToolError when it is not installed."""
+    """The module. Raises MissingToolError when it is not installed, or older than what the integer models describe."""
     if importlib.util.find_spec("onnxruntime") is None:
-        raise MissingToolError("ONNX Runtime is not installed", do='run `pip install "onnxruntime>=1.31,<1.32"`')
+        raise MissingToolError("ONNX Runtime is not installed", do=INSTALL)
     import onnxruntime
 
+    if older(onnxruntime.__version__):
+        first = ".".join(map(str, FIRST_VERSION))
+        raise MissingToolError(
+            "ONNX Runtime is too old", why=f"{onnxruntime.__version__}, kernels are known from {first} on", do=INSTALL
+        )
     return onnxruntime
+
+
+def older(version: str) -> bool:
+    """Whether `version` is before FIRST_VERSION; `1.31.0rc1` is not."""
+    numbers = (re.match(r"\d+", part) for part in version.split("."))
+    return tuple(int(number[0]) for number in numbers if number)[:2] < FIRST_VERSION
 
 
 def refuse_missing_providers(providers: tuple[str, ...]) -> None:
@@ -207,29 +225,38 @@ def refuse_missing_providers(providers: tuple[str, ...]) -> None:
             )
 
 
+class OptionsFile(Data):
+    """What session_options.json holds."""
+
+    graph_optimization_level: str
+    config: dict[str, str]
+    providers: Annotated[tuple[str, ...], Meta(min_length=1)]
+    context_length: Annotated[int, Meta(ge=1)]
+    prefill_length: Annotated[int, Meta(ge=1)]
+
+
 def write_options(path: Path, options: RunOptions) -> None:
     """session_options.json of a bundle."""
-    entries = {key: value for key, value in options.session.items() if key != LEVEL}
-    data = {
-        LEVEL: options.session.get(LEVEL, "all"),
-        "config": entries,
-        "providers": list(options.providers),
-        "context_length": options.context,
-        "prefill_length": options.prefill,
-    }
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    file = OptionsFile(
+        graph_optimization_level=options.session.get(LEVEL, "all"),
+        config={key: value for key, value in options.session.items() if key != LEVEL},
+        providers=options.providers,
+        context_length=options.context,
+        prefill_length=options.prefill,
+    )
+    path.write_text(json.dumps(msgspec.to_builtins(file), indent=1) + "\n", encoding="utf-8")
 
 
 def read_options(path: Path) -> RunOptions:
     """Inverse of `write_options`. Raises InputError when the file is missing or does not fit."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        session = {LEVEL: str(data[LEVEL])} | {str(k): str(v) for k, v in data["config"].items()}
-        return RunOptions(session, tuple(data["providers"]), int(data["context_length"]), int(data["prefill_length"]))
+        file = msgspec.json.decode(path.read_bytes(), type=OptionsFile)
     except OSError as error:
         raise InputError("no session options", where=str(path), why=error.strerror or str(error)) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError("the session options do not fit", where=str(path), why=str(error)) from error
+    session = {LEVEL: file.graph_optimization_level} | file.config
+    return RunOptions(session, file.providers, file.context_length, file.prefill_length)
 
 
 def first_line(error: Exception) -> str:

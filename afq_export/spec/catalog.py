@@ -53,7 +53,7 @@ def load_target(name: str) -> TargetProfile:
     A file may start from a shipped one with `base = "linux-arm64-ort"` and change any field.
     """
     path = _find(name, TARGETS, "target")
-    return convert(_on_base(read_toml(path)), TargetProfile, str(path))
+    return convert(_on_base(read_toml(path), str(path)), TargetProfile, str(path))
 
 
 def load_recipe(name: str, changes: tuple[str, ...] = ()) -> Recipe:
@@ -64,7 +64,7 @@ def load_recipe(name: str, changes: tuple[str, ...] = ()) -> Recipe:
     if _is_path(name):
         path = Path(name)
         own = read_toml(path)
-        scheme, method = own.pop("scheme", None), own.pop("method", None)
+        scheme, method = _named(own, "scheme", name), _named(own, "method", name)
         own.setdefault("name", path.stem)
         where = str(path)
     else:
@@ -94,11 +94,22 @@ def load_corpus(name: str) -> tuple[CorpusSpec, Path] | Path:
     return convert(read_toml(path), CorpusSpec, str(path)), path.parent
 
 
-def _on_base(data: dict[str, Any]) -> dict[str, Any]:
+def _on_base(data: dict[str, Any], where: str) -> dict[str, Any]:
     """`data` on top of the shipped target that it names as its base, if it does, and that on its own."""
     own = dict(data)
-    base = own.pop("base", None)
-    return own if base is None else _merged(_on_base(read_toml(_shipped(base, TARGETS, "target"))), own)
+    base = _named(own, "base", where)
+    if base is None:
+        return own
+    path = _shipped(base, TARGETS, "target")
+    return _merged(_on_base(read_toml(path), str(path)), own)
+
+
+def _named(data: dict[str, Any], key: str, where: str) -> str | None:
+    """Takes the name of another file out of `data`. Raises InputError when it is no text."""
+    name = data.pop(key, None)
+    if name is not None and not isinstance(name, str):
+        raise InputError("does not fit", where=where, why=f"{key} = {name!r} is not a name")
+    return name
 
 
 def _find(name: str, folder: str, kind: str) -> Path:

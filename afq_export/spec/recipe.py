@@ -112,10 +112,11 @@ class Rounding(Data):
 
 
 class Ranges(Data):
-    """Static activation ranges: the extremes seen, the range with the least squared error on them, or the one that
-    leaves out 0.01 % of the values at either end."""
+    """Static activation ranges: the extremes seen, the range with the least squared error on them, the one that leaves
+    out 0.01 % of the values at either end, or (`output`) the one with the least squared error of what the linears make
+    of their input; outputs then take the least error on themselves."""
 
-    method: Literal["minmax", "mse", "percentile"] = "mse"
+    method: Literal["minmax", "mse", "percentile", "output"] = "output"
 
 
 class Samples(Data):

@@ -121,10 +121,10 @@ class OnnxOptions(Data):
 
     opset: int = 23
     ir_version: int = 11
-    external_data_mb: int = 1024
+    external_data_mb: Annotated[int, Meta(ge=0)] = 1024
     explicit_zero_points: bool = False
     ort_format: bool = False
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    providers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("CPUExecutionProvider",)
     session: dict[str, str] = {}
 
 
