@@ -7,8 +7,10 @@ import platform
 import re
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from afq_export.errors import InputError, MissingToolError
 from afq_export.machine import cores, cpu_flags, cpu_name, memory_mb
 from afq_export.spec.catalog import TARGETS, data_root, entries, load_target
 from afq_export.spec.strict import Data
@@ -41,6 +43,14 @@ class Tools(Data):
     install: str
 
 
+class Device(Data):
+    """An emulation that `validate --on` can use: what is set up, and else what to do."""
+
+    kind: str
+    found: str
+    install: str
+
+
 class Machine(Data):
     """Where this runs."""
 
@@ -59,6 +69,7 @@ class Diagnosis(Data):
     targets: tuple[Tools, ...]
     machine: Machine
     ready: bool
+    devices: tuple[Device, ...] = ()
 
 
 def diagnose(needed: str = "android-xnnpack") -> Diagnosis:
@@ -70,7 +81,16 @@ def diagnose(needed: str = "android-xnnpack") -> Diagnosis:
     ready = not blocked and python.status == "ok" and not any(p.status == "missing" for p in packages)
     memory = memory_mb()
     machine = Machine(platform.platform(), cpu_name(), cores(), memory and round(memory), cpu_flags())
-    return Diagnosis(python, packages, targets, machine, ready)
+    return Diagnosis(python, packages, targets, machine, ready, (_arm64(),))
+
+
+def install(kind: str, say: Callable[[str], None]) -> str:
+    """Sets the emulation of `kind` up and returns its folder. Raises InputError for another kind, MissingToolError."""
+    from afq_export.device.arm64.install import install as install_arm64
+
+    if kind != "arm64":
+        raise InputError("nothing to install by that name", where=kind, do="known: arm64")
+    return str(install_arm64(say).root)
 
 
 def requirements() -> dict[str, str]:
@@ -112,6 +132,17 @@ def _python() -> Package:
     low, high = PYTHON
     tested = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
     return Package("python", tested, platform.python_version(), "ok" if low <= sys.version_info[:2] < high else "other")
+
+
+def _arm64() -> Device:
+    from afq_export.device.arm64.environment import SET_UP, open_environment
+
+    try:
+        installed = open_environment(check=False).installed
+    except MissingToolError as error:
+        return Device("arm64", error.what, SET_UP.removeprefix("run ").strip("`"))
+    versions = ", ".join(f"{name} {number}" for name, number in installed.versions.items())
+    return Device("arm64", f"{installed.emulator}; {versions}", "")
 
 
 def _tools(target: str, packages: tuple[Package, ...]) -> Tools:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from afq_export.backends import backend
 from afq_export.calibrate.result import Calibration
+from afq_export.device.names import DeviceRequest
 from afq_export.errors import InputError
 from afq_export.job import Job, resolve
 from afq_export.lower.bundle import open_bundle
@@ -15,14 +17,23 @@ from afq_export.quantize.checkpoint import open_checkpoint
 from afq_export.runfolder import RunFolder, refuse_difference
 from afq_export.spec.report import ValidationReport
 from afq_export.spec.request import recorded_request
+from afq_export.validate.device_linears import record_linears
+from afq_export.validate.devices import check_devices, few_windows, open_devices
+
+LINEAR_TOKENS = 64
+"""Tokens on which linears alone are compared on devices."""
 
 
-def revalidate(folder: RunFolder, progress: Progress, **changes: object) -> ValidationReport:
+def revalidate(
+    folder: RunFolder, progress: Progress, on: DeviceRequest | None = None, **changes: object
+) -> ValidationReport:
     """The ladder on the bundle in `folder`; `changes` are fields of Request that replace those of the run.
 
-    Raises InputError when a file of the bundle was changed, or model, recipe, target or calibration text are no longer
+    `on` names devices that the exported file is to run on as well. Raises MissingToolError when one is not set up, and
+    InputError when a file of the bundle was changed, or model, recipe, target or calibration text are no longer
     what the run was made from. Versions and threads may differ: whether the bundle still holds is the question.
     """
+    devices = open_devices(on.devices) if on else ()
     data = folder.read()
     given = {key: value for key, value in changes.items() if value is not None}
     request = dataclasses.replace(recorded_request(data.get("request", {})), **given)
@@ -32,7 +43,18 @@ def revalidate(folder: RunFolder, progress: Progress, **changes: object) -> Vali
     _refuse_other_inputs(data.get("fingerprint", {}), job, folder)
     checkpoint = open_checkpoint(folder.quantized)
     calibration = Calibration(folder.calibration, job.model.config.layers)
-    return run_validate(job, folder, checkpoint, calibration, bundle, progress)
+
+    def with_devices(report: ValidationReport) -> ValidationReport:
+        if not on:
+            return report
+        session = backend(bundle.runtime).open_session(bundle)
+        probe = backend(bundle.runtime).runtime(bundle, job.target, checkpoint).probe
+        ids_NT = few_windows(job.evaluation.ids_NT, on.windows, on.window)
+        programs = record_linears(checkpoint, job.target, ids_NT[0, :LINEAR_TOKENS], probe, progress)
+        found = check_devices(devices, bundle.model, job.target, session, ids_NT, programs, progress)
+        return found.added_to(report)
+
+    return run_validate(job, folder, checkpoint, calibration, bundle, progress, with_devices)
 
 
 def _refuse_other_inputs(recorded: dict[str, str], job: Job, folder: RunFolder) -> None:

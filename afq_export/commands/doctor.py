@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from afq_export.commands.options import Json
-from afq_export.terminal import emit
+from afq_export.terminal import emit, note
 
 
-def command(as_json: Json = False) -> None:
+def command(
+    install: Annotated[
+        str | None, typer.Option("--install", metavar="arm64", help="Set up what emulates ARM processors, then report.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Versions against the tested ones, missing tools with the line that installs them, and the machine.
 
-    Exit code 3 when something is missing that the target android-xnnpack needs.
+    `--install arm64` puts an emulator, Python, both runtimes and a runner for 64-bit ARM into $AFQ_CACHE (else
+    ~/.cache/afq-export), from this machine's own package sources; nothing is installed system-wide. Exit code 3 when
+    that cannot be had, or something is missing that the target android-xnnpack needs.
     """
     from afq_export.doctor import diagnose
+    from afq_export.doctor import install as set_up
 
+    if install:
+        note(f"{install} is set up in {set_up(install, note)}")
     found = diagnose()
     emit(_text(found), found, as_json)
     raise typer.Exit(0 if found.ready else 3)
@@ -26,6 +38,7 @@ def _text(found) -> str:
     packages = (found.python, *found.packages)
     rows = tuple((p.name, p.tested, p.found, p.status, "" if p.status == "ok" else p.install) for p in packages)
     targets = tuple((t.target, ", ".join(t.missing) or "nothing", t.install) for t in found.targets)
+    devices = tuple((d.kind, d.found, d.install) for d in found.devices)
     machine = found.machine
     memory = "unknown" if machine.memory_mb is None else f"{machine.memory_mb / 1000:.1f} GB"
     lines = {
@@ -38,6 +51,7 @@ def _text(found) -> str:
         (
             Table(("package", "tested", "found", "status", "do"), rows).text(),
             Table(("target", "missing", "do"), targets).text(),
+            Table(("emulation", "found", "do"), devices).text(),
             "\n".join(f"{name.ljust(12)}  {value}" for name, value in lines.items()),
             "ready" if found.ready else "not ready: see the lines under `do`",
         )

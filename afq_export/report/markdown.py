@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from afq_export.report import tables
-from afq_export.spec.report import Disagreement, ValidationReport
+from afq_export.spec.report import DeviceReport, Disagreement, ValidationReport
 
 MAX_DISAGREEMENTS = 20
 """Rows of the disagreement table; report.json has all."""
@@ -22,6 +22,7 @@ def report_markdown(report: ValidationReport) -> str:
         "## Checks",
         tables.checks_table(report).markdown(),
         *_disagreements(report.agreement.disagreements),
+        *_devices(report),
         *_calibration(report),
         *_coverage(report),
         *_layers(report),
@@ -68,6 +69,26 @@ def _disagreements(items: tuple[Disagreement, ...]) -> list[str]:
 
 def _reason(item: Disagreement) -> str:
     return item.reason.replace("_", " ") + (f" at {item.layer}" if item.layer else "")
+
+
+def _devices(report: ValidationReport) -> list[str]:
+    if not report.devices:
+        return []
+    first = report.devices[0]
+    how = f" under {first.emulator}, which says nothing of speed" if first.emulator else ""
+    meaning = (
+        f"The same file in {first.runtime}{how}, against this machine, on {first.windows} windows of {first.window} "
+        "tokens. Instructions: how many distinct ones ran in the runtime's libraries."
+    )
+    notes = [f"- {device.device}: {note}" for device in report.devices for note in _ran(device) if note]
+    return ["## Devices", meaning, tables.devices_table(report).markdown(), *(["\n".join(notes)] if notes else [])]
+
+
+def _ran(device: DeviceReport) -> tuple[str, str]:
+    """The matrix products that the runtime says it executed, and the note."""
+    products = {name: count for name, count in device.operators.items() if "MatMul" in name or "Gemm" in name}
+    executed = ", ".join(f"{count} {name}" for name, count in products.items())
+    return (f"executed {executed}" if executed else "", device.note)
 
 
 def _calibration(report: ValidationReport) -> list[str]:

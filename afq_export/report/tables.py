@@ -108,6 +108,36 @@ def refused_table(report: ValidationReport) -> Table:
     return Table(("stays outside", "count", "why"), rows, frozenset({1}))
 
 
+def devices_table(report: ValidationReport) -> Table:
+    """One row per device: kernels that ran, and how near the file is to itself on this machine."""
+    rows = tuple(
+        (
+            device.device,
+            device.family,
+            ", ".join(f"{name} {count}" for name, count in device.instructions.items()),
+            f"{device.exact_linears} of {device.linears}",
+            f"{device.there.value:.3f}",
+            f"{device.there.value / device.here.value - 1:+.3%}",
+            f"{device.top1:.2%}",
+            f"{device.bit_for_bit:.2%}",
+            f"{device.max_relative_error:.1e}",
+        )
+        for device in report.devices
+    )
+    header = (
+        "device",
+        "kernels",
+        "instructions",
+        "exact linears",
+        "perplexity",
+        "over here",
+        "top-1",
+        "bit for bit",
+        "largest difference",
+    )
+    return Table(header, rows, frozenset(range(3, 9)))
+
+
 def protocol_line(report: ValidationReport) -> str:
     """The protocol of the figures, in one sentence."""
     p = report.protocol

@@ -206,8 +206,10 @@ class DeviceReport(Data, kw_only=True):
     `operators`: executed node types and how many of each, where the runtime profiles them. `linears`: how many were
     run alone on the same inputs, `exact_linears` of them gave the same bits, `linear_error` is the largest difference
     over the largest |output|, of `worst_linear`. `bit_for_bit`: share of tokens all of whose logits are equal.
-    `max_relative_error`: largest difference over the largest |logit|. `here` and `there`: the two perplexities.
-    `seconds`: per window on the device; under emulation they say nothing of its speed.
+    `max_relative_error`: largest difference over the largest |logit|. `here` and `there`: the two perplexities,
+    `excess_stderr` the standard error of their ratio. `own_top1`, `own_max_relative_error`: this machine against
+    itself, windows cut into other calls: what float rounding alone does. `seconds`: per window on the device; under
+    emulation they say nothing of its speed. 1e300 stands for what is no number.
     """
 
     device: str
@@ -225,6 +227,9 @@ class DeviceReport(Data, kw_only=True):
     bit_for_bit: float
     max_relative_error: float
     top1: float
+    own_top1: float
+    own_max_relative_error: float
+    excess_stderr: float
     here: Perplexity
     there: Perplexity
     seconds: tuple[float, ...]

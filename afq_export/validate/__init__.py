@@ -5,6 +5,7 @@
     evaluate.py   token losses, choices and divergences of all rungs on the same windows, block by block
     fold_check.py float against folded in float64
     layers.py     every linear alone in the real runtime against its integer model
+    specification.py what an ONNX file means, apart from any kernel
     departures.py why the exported file and the integer reference choose differently at a token
     ladder.py     all of it -> ValidationReport
 

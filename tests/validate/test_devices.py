@@ -15,7 +15,7 @@ from afq_export.device.arm64.session import Kernels, Ran
 from afq_export.errors import InputError, VerdictError
 from afq_export.report.markdown import report_markdown
 from afq_export.report.tables import devices_table
-from afq_export.spec.report import Check, read_report, to_json
+from afq_export.spec.report import Check, Perplexity, read_report, to_json
 from afq_export.validate import devices
 from afq_export.validate.device_linears import LinearProgram, compare_linears, linears_check, record_linears
 from afq_export.validate.devices import arithmetic_note, chance_of, check_devices, compare, few_windows, judge
@@ -26,6 +26,9 @@ from tests.validate.test_layers import model_probe
 
 TARGET = xnnpack_target(perplexity_budget=0.01, agreement_floor=0.99)
 N, T, V = 3, 65, 11
+FIGURE = Perplexity(value=20.0, stderr=0.5, tokens=254)
+SAME = devices.Comparison(1.0, 0.0, 1.0, FIGURE, FIGURE, 0.0)
+"""A machine that is bit for bit equal to itself however it is called."""
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def test_equal_logits_are_equal(ids_NT: torch.Tensor, logits_NTV: torch.Tensor) 
     found = compare(logits_NTV, logits_NTV.clone(), ids_NT)
     assert (found.bit_for_bit, found.max_relative_error, found.top1, found.excess) == (1.0, 0.0, 1.0, 0.0)
     assert found.here == found.there and found.here.tokens == N * (T - 1)
-    assert judge("arm64:x", "neon", found, TARGET).status == "passed"
+    assert judge("arm64:x", "neon", found, SAME, TARGET).status == "passed"
 
 
 def test_one_bit_is_seen_and_passes(ids_NT: torch.Tensor, logits_NTV: torch.Tensor) -> None:
@@ -51,7 +54,7 @@ def test_one_bit_is_seen_and_passes(ids_NT: torch.Tensor, logits_NTV: torch.Tens
     found = compare(logits_NTV, other, ids_NT)
     assert found.bit_for_bit == 1 - 1 / (N * (T - 1))
     assert found.max_relative_error == float((other - logits_NTV).abs().max()) / float(logits_NTV.abs().max())
-    assert judge("arm64:x", "neon", found, TARGET).status == "passed"
+    assert judge("arm64:x", "neon", found, SAME, TARGET).status == "passed"
 
 
 def test_the_last_token_of_a_window_counts_for_the_largest_difference(
@@ -64,7 +67,7 @@ def test_the_last_token_of_a_window_counts_for_the_largest_difference(
 
 def test_another_perplexity_fails_and_is_named(ids_NT: torch.Tensor, logits_NTV: torch.Tensor) -> None:
     """Twice the logits: the same choices at other probabilities."""
-    check = judge("arm64:x", "dotprod", compare(logits_NTV, logits_NTV * 2, ids_NT), TARGET, "why")
+    check = judge("arm64:x", "dotprod", compare(logits_NTV, logits_NTV * 2, ids_NT), SAME, TARGET, "why")
     assert (check.name, check.status) == ("on arm64:x", "failed")
     assert check.detail.startswith("perplexity differs by +") and "same token at 100.00%" in check.detail
     assert check.detail.endswith("; why") and "other tokens" not in check.detail
@@ -78,7 +81,7 @@ def test_other_choices_fail_and_are_named(ids_NT: torch.Tensor, logits_NTV: torc
     other[..., V - 2], other[..., V - 1] = logits_NTV[..., V - 1], logits_NTV[..., V - 2]
     found = compare(logits_NTV, other, ids_NT)
     assert abs(found.excess) < 1e-6 and found.top1 < 0.9
-    check = judge("arm64:x", "dotprod", found, TARGET)
+    check = judge("arm64:x", "dotprod", found, SAME, TARGET)
     assert check.status == "failed" and check.detail.startswith("other tokens are chosen at ")
 
 
@@ -86,7 +89,7 @@ def test_other_choices_fail_and_are_named(ids_NT: torch.Tensor, logits_NTV: torc
 def test_nan_never_passes(ids_NT: torch.Tensor, logits_NTV: torch.Tensor, side: int) -> None:
     both = [logits_NTV, logits_NTV.clone()]
     both[side][0, 0, 0] = math.nan
-    assert judge("arm64:x", "neon", compare(*both, ids_NT), TARGET).status == "failed"
+    assert judge("arm64:x", "neon", compare(*both, ids_NT), SAME, TARGET).status == "failed"
 
 
 def test_chance_is_the_binomial_one() -> None:
@@ -99,14 +102,55 @@ def test_chance_is_the_binomial_one() -> None:
     assert chance_of(5, 5, 1.0) == 1.0
 
 
+def measured(other: int = 0, excess: float = 0.0, stderr: float = 0.0) -> devices.Comparison:
+    """254 tokens, `other` of them chosen otherwise, and a perplexity that is `excess` higher."""
+    there = msgspec.structs.replace(FIGURE, value=FIGURE.value * (1 + excess))
+    return devices.Comparison(0.0, 1e-3, 1 - other / 254, FIGURE, there, stderr)
+
+
 def test_few_tokens_do_not_break_a_floor_by_chance() -> None:
     """One token in 254 is below a floor of 99.7 %, and says nothing against it; ten do."""
     target = xnnpack_target(agreement_floor=0.997)
-    figure = sample().perplexity.runtime
-    here = msgspec.structs.replace(figure, tokens=254)
     for other, status in ((1, "passed"), (10, "failed")):
-        found = devices.Comparison(0.0, 1e-3, 1 - other / 254, here, here)
-        assert judge("arm64:x", "neon", found, target).status == status
+        assert judge("arm64:x", "neon", measured(other), SAME, target).status == status
+
+
+def test_a_machine_that_departs_from_itself_allows_a_device_to() -> None:
+    """Ten tokens of 254 are far from a floor of 99 %, and what float rounding does where the machine has five."""
+    assert judge("arm64:x", "neon", measured(10), measured(0), TARGET).status == "failed"
+    assert judge("arm64:x", "neon", measured(10), measured(5), TARGET).status == "passed"
+    assert judge("arm64:x", "neon", measured(40), measured(5), TARGET).status == "failed"
+
+
+def test_a_perplexity_counts_as_far_as_it_is_known() -> None:
+    for excess, stderr, status in ((0.02, 0.01, "passed"), (0.02, 0.001, "failed"), (-0.02, 0.001, "failed")):
+        assert judge("arm64:x", "neon", measured(0, excess, stderr), SAME, TARGET).status == status
+    assert judge("arm64:x", "neon", measured(0, 0.0, math.nan), SAME, TARGET).status == "failed"
+
+
+def test_the_error_of_a_perplexity_is_that_of_paired_tokens(ids_NT: torch.Tensor, logits_NTV: torch.Tensor) -> None:
+    found = compare(logits_NTV, logits_NTV * 1.5, ids_NT)
+    targets = ids_NT[:, 1:].flatten()
+    losses = [
+        torch.nn.functional.cross_entropy(one[:, :-1].reshape(-1, V).double(), targets, reduction="none")
+        for one in (logits_NTV, logits_NTV * 1.5)
+    ]
+    difference = losses[1] - losses[0]
+    assert found.excess_stderr == pytest.approx(float(difference.std()) / math.sqrt(len(difference)), rel=1e-6)
+    assert math.log1p(found.excess) == pytest.approx(float(difference.mean()), rel=1e-6)
+
+
+def test_windows_are_cut_anew_without_a_gap() -> None:
+    calls = []
+
+    def extend(ids: torch.Tensor, position: int) -> torch.Tensor:
+        calls.append((position, len(ids)))
+        return ids[:, None] * 2.0
+
+    session = SimpleNamespace(logits=lambda ids: extend(ids, 0), extend=extend)
+    ids = torch.arange(17)
+    assert torch.equal(devices.recut(session, ids), ids[:, None] * 2.0)
+    assert calls == [(0, 7), (7, 7), (14, 3)]
 
 
 def test_windows_are_spread_and_cut() -> None:
@@ -225,10 +269,15 @@ def test_devices_in_the_report(monkeypatch, tmp_path, ids_NT, logits_NTV) -> Non
     monkeypatch.setattr(devices, "Arm64Session", FakeSession)
     installed = SimpleNamespace(emulator="qemu 10", versions={"executorch": "1.5"})
     environment = SimpleNamespace(installed=installed)
-    named = {"arm64:good": 1.0, "arm64:other": 2.0, "arm64:broken": 1.0}
+    named = {"arm64:good": 1.0, "arm64:other": 2.0, "arm64:nan": math.nan, "arm64:broken": 1.0}
     given = [SimpleNamespace(name=n, factor=f, logits=logits_NTV, environment=environment) for n, f in named.items()]
     rows = {tuple(ids.tolist()): logits for ids, logits in zip(ids_NT, logits_NTV, strict=True)}
-    here = SimpleNamespace(vocab=V, context=T, prefill=8, logits=lambda ids: rows[tuple(ids.tolist())])
+
+    def extend(ids: torch.Tensor, position: int) -> torch.Tensor:
+        (whole,) = (row for row in rows if row[position : position + len(ids)] == tuple(ids.tolist()))
+        return rows[whole][position : position + len(ids)]
+
+    here = SimpleNamespace(vocab=V, context=T, prefill=8, logits=lambda ids: extend(ids, 0), extend=extend)
     program = linear_program(a=0.0)
     found = check_devices(given, tmp_path / "model.pte", TARGET, here, ids_NT, [program])
     assert [(check.name, check.status) for check in found.checks] == [
@@ -236,10 +285,12 @@ def test_devices_in_the_report(monkeypatch, tmp_path, ids_NT, logits_NTV) -> Non
         ("on arm64:good", "passed"),
         ("linears on arm64:other", "passed"),
         ("on arm64:other", "failed"),
+        ("linears on arm64:nan", "passed"),
+        ("on arm64:nan", "failed"),
         ("on arm64:broken", "failed"),
     ]
     assert "Illegal instruction" in found.checks[-1].detail
-    assert [report.device for report in found.reports] == ["arm64:good", "arm64:other"]
+    assert [report.device for report in found.reports] == ["arm64:good", "arm64:other", "arm64:nan"]
 
     needed = tuple(Check(name=name, status="passed", detail="") for name in NEEDED)
     passing = sample(checks=needed)
@@ -250,8 +301,10 @@ def test_devices_in_the_report(monkeypatch, tmp_path, ids_NT, logits_NTV) -> Non
     page = report_markdown(report)
     assert "## Devices" in page and "executorch 1.5 under qemu 10" in page
     assert "- arm64:good: executed 2 MatMulNBits\n- arm64:other: executed 2 MatMulNBits\n" in page
+    assert report.devices[2].max_relative_error == report.devices[2].excess_stderr == 1e300
     assert [row[:4] for row in devices_table(report).rows] == [
         ("arm64:good", "dotprod", "sdot 9", "1 of 1"),
         ("arm64:other", "dotprod", "sdot 9", "1 of 1"),
+        ("arm64:nan", "dotprod", "sdot 9", "1 of 1"),
     ]
     assert "## Devices" not in report_markdown(passing)

@@ -1,0 +1,71 @@
+"""What the environment is made of (pins.toml), and what it is to be with the versions of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+
+from afq_export.spec.strict import Data, convert, read_toml
+
+HERE = Path(__file__).parent
+RUNNER_SOURCE = HERE / "pte_runner.cpp"
+ONNX_RUNNER = HERE / "onnx_runner.py"
+BUILDERS = ("pins.toml", "pte_runner.cpp", "build.py", "elf.py")
+"""Files that decide what an environment holds: it is set up anew when one changes."""
+
+
+class Packages(Data):
+    """Debian packages of one suite."""
+
+    suite: str
+    packages: tuple[str, ...]
+
+
+class Wheel(Data):
+    """A wheel for aarch64. `sha256` empty: nothing is known to hold it to. `keep`: beginnings of what is unpacked.
+
+    `as_here`: the version is that of this machine's Python, so that the same release runs on both sides.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    keep: tuple[str, ...]
+    as_here: bool = False
+
+
+class Pins(Data):
+    """pins.toml."""
+
+    python: str
+    emulator: Packages
+    system: Packages
+    compiler: Packages
+    wheels: tuple[Wheel, ...]
+
+
+def read_pins(path: Path = HERE / "pins.toml") -> Pins:
+    """The table, with the versions that this machine has; their digests are dropped where the version is another."""
+    pins = convert(read_toml(path), Pins, str(path))
+    return msgspec.structs.replace(pins, wheels=tuple(map(_as_here, pins.wheels)))
+
+
+def fingerprint(pins: Pins) -> str:
+    """Hex sha256 of everything that decides what an environment holds."""
+    digest = hashlib.sha256(msgspec.json.encode(pins, order="deterministic"))
+    for name in BUILDERS:
+        digest.update((HERE / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _as_here(wheel: Wheel) -> Wheel:
+    if not wheel.as_here:
+        return wheel
+    try:
+        found = version(wheel.name).partition("+")[0]
+    except PackageNotFoundError:
+        return wheel
+    return wheel if found == wheel.version else msgspec.structs.replace(wheel, version=found, sha256="")

@@ -1,0 +1,93 @@
+"""Real ARM kernels, where the emulation is installed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from afq_export.device.arm64.emulator import Emulator
+from afq_export.device.arm64.environment import SET_UP, Environment, open_environment
+from afq_export.device.arm64.processors import PROCESSORS
+from afq_export.device.arm64.session import Arm64Session, Limits
+from afq_export.errors import MissingToolError, VerdictError
+from afq_export.lower.executorch.probe import run_linears
+from afq_export.lower.executorch.program import lower_program
+from afq_export.progress import silent
+from afq_export.runtime.executorch import ExecutorchSession
+from afq_export.validate.device_linears import LinearProgram, compare_linears
+from tests.checkpoints import KERNELS, random_checkpoint, random_linear, random_windows, small_config
+from tests.device.decoders import VOCAB, expected, save_decoder
+from tests.lower.reference import TARGET
+
+FAMILIES = {"cortex-a53": "neon", "cortex-a55": "dotprod", "cortex-a76": "dotprod", "cortex-a710": "i8mm"}
+
+
+def installed() -> Environment | None:
+    try:
+        return open_environment(check=False)
+    except MissingToolError:
+        return None
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(installed() is None, reason=f"the arm64 emulation is not installed: {SET_UP}"),
+]
+
+
+@pytest.fixture(scope="module")
+def environment() -> Environment:
+    return open_environment()
+
+
+def test_every_known_processor_is_in_this_qemu(environment: Environment) -> None:
+    assert set(PROCESSORS) == set(environment.installed.processors)
+
+
+@pytest.mark.parametrize("cpu", FAMILIES)
+def test_linears_of_xnnpack_compute_the_same_integers(environment: Environment, tmp_path: Path, cpu: str) -> None:
+    """Static results are codes: equal. Dynamic ones differ by the rounding of a fused multiplication at most."""
+    linears = [random_linear(kernel, 40, 96, name=f"blocks.0.{kernel}", bias=True) for kernel in KERNELS]
+    random = np.random.default_rng(0)
+    inputs = {linear.spec.name: random.standard_normal((33, 96), np.float32) for linear in linears}
+    kept: list[bytes] = []
+    outputs = run_linears(linears, inputs, kept.append)
+    program = LinearProgram(kept[0], inputs, outputs, dict.fromkeys(inputs, 0.0))
+    session = Arm64Session(Emulator(environment, cpu), tmp_path / "model.pte", Limits(1, 1, 1))
+    (there,) = session.linears([program])
+    assert compare_linears([program], [there]).beyond == {}
+    static = [linear.spec.name for linear in linears if linear.record.output is not None]
+    assert static and all(np.array_equal(outputs[name], there[name]) for name in static)
+
+
+@pytest.mark.parametrize("cpu", FAMILIES)
+def test_a_program_runs_and_says_which_kernels_ran(environment: Environment, tmp_path: Path, cpu: str) -> None:
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(), "qd8-f32-qb4w")
+    model = tmp_path / "model.pte"
+    model.write_bytes(lower_program(checkpoint, TARGET, silent).pte)
+    here = ExecutorchSession(model)
+    there = Arm64Session(Emulator(environment, cpu), model, Limits(here.vocab, here.context, here.prefill))
+    ids_NT = random_windows(checkpoint.config).ids_NT
+    want = torch.stack([here.logits(ids_T) for ids_T in ids_NT])
+    found = there.run(ids_NT).logits
+    assert float((found - want).abs().max() / want.abs().max()) < 0.05  # random weights flip codes
+    assert torch.equal(found, there.run(ids_NT).logits)
+    assert there.kernels(ids_NT[0, :9]).family == FAMILIES[cpu]
+
+
+def test_onnx_runtime_computes_what_is_expected(environment: Environment, tmp_path: Path) -> None:
+    save_decoder(tmp_path / "model.onnx")
+    ids_NT = np.random.default_rng(3).integers(0, VOCAB, (2, 9))
+    session = Arm64Session(Emulator(environment, "cortex-a53"), tmp_path / "model.onnx", Limits(VOCAB, 64, 4))
+    found = session.run(torch.from_numpy(ids_NT)).logits.numpy()
+    assert np.array_equal(found, np.stack([expected(ids_T) for ids_T in ids_NT]))
+
+
+def test_a_broken_program_does_not_run(environment: Environment, tmp_path: Path) -> None:
+    (tmp_path / "model.pte").write_bytes(b"no program")
+    session = Arm64Session(Emulator(environment, "cortex-a76"), tmp_path / "model.pte", Limits(8, 8, 8))
+    with pytest.raises(VerdictError, match=r"the exported file does not run \[arm64:cortex-a76\]"):
+        session.run(torch.zeros(1, 4, dtype=torch.long))
