@@ -14,7 +14,9 @@ import typer
 
 from afq_export import __version__, terminal
 from afq_export.commands import (
+    baseline,
     calibrate,
+    check,
     doctor,
     generate,
     inspect,
@@ -52,9 +54,11 @@ for module, panel in (
     (validate, "The stages alone"),
     (perplexity, "What comes out"),
     (generate, "What comes out"),
+    (check, "What comes out"),
     (inspect, "What there is"),
 ):
     app.command(module.__name__.rpartition(".")[2], rich_help_panel=panel)(module.command)
+app.add_typer(baseline.app, rich_help_panel="What comes out")
 app.add_typer(targets.app, rich_help_panel="What there is")
 app.add_typer(recipes.app, rich_help_panel="What there is")
 app.command("doctor", rich_help_panel="What there is")(doctor.command)
