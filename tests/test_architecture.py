@@ -15,7 +15,30 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, TESTS = ROOT / "afq_export", ROOT / "tests"
 MAX_LINES = 400
 TORCH_FREE = ("torch", "onnx", "executorch", "transformers", "safetensors", "torchao", "optimum")
-EXECUTORCH_HOMES = ("lower/executorch/", "runtime/")
+HOMES = {
+    "executorch": ("lower/executorch/", "runtime/"),
+    "onnx": ("lower/onnx/", "runtime/saturation.py", "validate/specification.py"),
+    "onnxruntime": ("lower/onnx/", "runtime/", "device/arm64/onnx_runner.py"),
+    "ml_dtypes": ("lower/onnx/", "runtime/saturation.py"),
+    "optimum": ("lower/onnx/interface.py", "load/config.py", "optimum_command.py"),
+}
+"""Package -> the only places that import it. `device/arm64/onnx_runner.py` is what runs on the device."""
+LATER = {
+    "backends",
+    "cli",
+    "commands",
+    "device",
+    "guard",
+    "job",
+    "lower",
+    "pipeline",
+    "plan",
+    "report",
+    "revalidate",
+    "runtime",
+    "terminal",
+    "validate",
+}
 MACHINE_PATH = re.compile(r"(?<![\w.$}-])/(?:home|root|Users|work|mnt)/\w")
 """A folder that one machine has. `$HOME/x`, `~/x` and `../shared/x` are no such paths."""
 
@@ -47,10 +70,39 @@ def test_no_module_is_long() -> None:
     assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
-def test_executorch_is_imported_where_it_is_at_home() -> None:
-    users = {inside(path) for path in modules() if "executorch" in imported(parsed(path))}
+@pytest.mark.parametrize("package", HOMES)
+def test_a_runtime_is_imported_where_it_is_at_home(package: str) -> None:
+    users = {inside(path) for path in modules() if package in imported(parsed(path))}
     assert users, "the rule is about something"
-    assert [name for name in sorted(users) if not name.startswith(EXECUTORCH_HOMES)] == []
+    assert [name for name in sorted(users) if not name.startswith(HOMES[package])] == []
+
+
+def test_runtimes_know_nothing_of_each_other() -> None:
+    """What is common to both lowerings stands beside them."""
+    for one, other in (("onnx", "executorch"), ("executorch", "onnx")):
+        for path in (PACKAGE / "lower" / one).glob("*.py"):
+            assert f"afq_export.lower.{other}" not in path.read_text(encoding="utf-8"), inside(path)
+            assert f"afq_export.runtime.{other}" not in path.read_text(encoding="utf-8"), inside(path)
+
+
+def test_no_runtime_is_loaded_before_it_is_needed() -> None:
+    """A target of the one does not need the other installed: `backends` imports them in the bodies of its functions."""
+    assert loaded_by("afq_export.pipeline", "afq_export.plan") & {"onnx", "onnxruntime", "executorch"} == set()
+
+
+def test_backends_have_the_same_names() -> None:
+    """Those of the Backend protocol, with its parameters."""
+    found = {}
+    for name in ("__init__", "executorch", "onnxruntime"):
+        body = parsed(PACKAGE / "backends" / f"{name}.py").body
+        if name == "__init__":
+            body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == "Backend").body
+        functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+        found[name] = {f.name: [a.arg for a in f.args.args if a.arg != "self"] for f in functions}
+    promised = found.pop("__init__")
+    assert promised
+    for functions in found.values():
+        assert promised == {name: functions.get(name) for name in promised}
 
 
 def test_spec_imports_no_framework() -> None:
@@ -61,19 +113,23 @@ def test_spec_imports_no_framework() -> None:
 def test_spec_loads_no_framework() -> None:
     """Nor through what it imports from the rest of the package."""
     names = [f"afq_export.spec.{path.stem}" for path in sorted((PACKAGE / "spec").glob("[a-z]*.py"))]
-    code = f"import sys, {', '.join(names)}; print(*sorted(set({TORCH_FREE!r}) & set(sys.modules)))"
+    assert loaded_by(*names) & set(TORCH_FREE) == set()
+
+
+def loaded_by(*names: str) -> set[str]:
+    """First names of everything that importing modules loads, in a process of its own."""
+    code = f"import sys, {', '.join(names)}; print(*(name for name in sys.modules if '.' not in name))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+    return set(done.stdout.split())
 
 
 @pytest.mark.parametrize("folder", ["spec", "arch", "fold", "quantize", "calibrate", "load"])
 def test_early_stages_know_nothing_of_later_ones(folder: str) -> None:
     """What is calibrated and quantized does not depend on how it is lowered, run or reported."""
-    later = {"lower", "runtime", "validate", "report", "commands", "pipeline", "job", "cli", "terminal"}
     for path in (PACKAGE / folder).glob("*.py"):
         names = [node.module or "" for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)]
         parts = {name.split(".")[1] for name in names if name.startswith("afq_export.")}
-        assert not parts & later, f"{inside(path)} imports {parts & later}"
+        assert not parts & LATER, f"{inside(path)} imports {parts & LATER}"
 
 
 def test_everything_public_has_a_docstring() -> None:

@@ -48,6 +48,8 @@ def test_a_file_may_start_from_shipped_ones(tmp_path: Path) -> None:
         ('scheme = "w4a8"\n[learning]\nepoch = 1\n', r"epoch.*\$\.learning"),
         ('scheme = "w4a8"\n[weights]\nbits = 9\n', r"\$\.weights\.bits"),
         ('scheme = "w9"\n', "no such recipe"),
+        ("scheme = 9\n", r"mine\.toml\]: scheme = 9 is not a name"),
+        ('scheme = "w4a8"\nmethod = ["awq"]\n', r"method = \['awq'\] is not a name"),
         ("weights = \n", "not valid TOML"),
     ],
 )

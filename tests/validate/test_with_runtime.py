@@ -41,7 +41,7 @@ def test_the_exported_file_is_the_integer_reference(tmp_path, kind, kernel):
         runtime = Runtime(
             lambda: ExecutorchSession(tmp_path / "model.pte"),
             run_linears,
-            lambda _, session: ExecutorchFloatParts(session.context, session.prefill),
+            lambda session: ExecutorchFloatParts(session.context, session.prefill),
         )
         report = validate(subject, runtime)
     assert report.verdict == "pass", [check for check in report.checks if check.status != "passed"]

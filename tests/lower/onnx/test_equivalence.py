@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 from torch import Tensor
 
 from afq_export.arch import decoder
@@ -27,7 +28,7 @@ from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.validate.evaluate import hidden_states
 from afq_export.validate.onnxruntime import executed_kernels
 from afq_export.validate.rungs import QuantizedRung, fake_quant_rung, integer_rung
-from tests.lower.onnx.decoders import CASES, PREFILL, Decoders, Lowered, random_ids
+from tests.lower.onnx.decoders import CASES, CONTEXT, PREFILL, Decoders, Lowered, random_ids
 
 TOKENS = 2 * PREFILL + 5
 ROUNDING = 1e-5
@@ -194,3 +195,15 @@ def test_position_ids_turn_queries_and_keys(decoders: Decoders) -> None:
     shifted = case.run(given | {"position_ids": given["position_ids"] + 9})["logits"]
     torn = case.run(given | {"position_ids": given["position_ids"] + 9 * (np.arange(8) > 3)})["logits"]
     assert error(shifted, plain) < 1e-4 < 1e-2 < error(torn, plain)
+
+
+@pytest.mark.parametrize("position", [-1, CONTEXT, 10**9])
+def test_a_position_outside_of_the_tables_is_an_error(decoders: Decoders, position: int) -> None:
+    """The runtime says so; it reads nothing beside them."""
+    case = decoders("qwen3")
+    given = padded(case, [np.array([1])])
+    given["position_ids"][:] = CONTEXT - 1
+    assert np.isfinite(case.run(given)["logits"]).all()
+    given["position_ids"][:] = position
+    with pytest.raises(InvalidArgument, match=f"position_ids value {position} .* out of range"):
+        case.run(given)
