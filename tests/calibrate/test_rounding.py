@@ -1,4 +1,4 @@
-"""Rounding after the transforms: GPTQ against a slow oracle, learned rounding against nearest, what is saved is used."""
+"""Rounding after the transforms: GPTQ against a slow oracle, learned against nearest, what is saved is used."""
 
 from __future__ import annotations
 
