@@ -50,7 +50,7 @@ def round_block(
     seed: int,
     tick: Callable[[int, int], None],
 ) -> Rounded:
-    """Codes of all linears of a block. `folded`: its float weights with the transforms in them, as quantize folds them."""
+    """Codes of all linears of a block. `folded`: its float weights with the transforms in them, as quantize has it."""
     match rounding.method:
         case "gptq":
             return Rounded(_gptq_block(problem, folded, clips, rounding), dict(clips))
