@@ -43,15 +43,15 @@ def revalidate(
     _refuse_other_inputs(data.get("fingerprint", {}), job, folder)
     checkpoint = open_checkpoint(folder.quantized)
     calibration = Calibration(folder.calibration, job.model.config.layers)
+    few_NT = few_windows(job.evaluation.ids_NT, on.windows, on.window) if on else job.evaluation.ids_NT[:0]
 
     def with_devices(report: ValidationReport) -> ValidationReport:
         if not on:
             return report
         session = backend(bundle.runtime).open_session(bundle)
         probe = backend(bundle.runtime).runtime(bundle, job.target, checkpoint).probe
-        ids_NT = few_windows(job.evaluation.ids_NT, on.windows, on.window)
-        programs = record_linears(checkpoint, job.target, ids_NT[0, :LINEAR_TOKENS], probe, progress)
-        found = check_devices(devices, bundle.model, job.target, session, ids_NT, programs, progress)
+        programs = record_linears(checkpoint, job.target, few_NT[0, :LINEAR_TOKENS], probe, progress)
+        found = check_devices(devices, bundle.model, job.target, session, few_NT, programs, progress)
         return found.added_to(report)
 
     return run_validate(job, folder, checkpoint, calibration, bundle, progress, with_devices)

@@ -40,7 +40,8 @@ SESSION_FILE = "session_options.json"
 
 def refuse(target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
     """Kernels of another runtime, opset and IR version, execution providers, and session options that do not fit."""
-    from afq_export.lower.onnx.linears import WRITERS
+    from afq_export.lower.onnx.genai import session_options as genai_options
+    from afq_export.lower.onnx.linears import STORED, WRITERS
     from afq_export.lower.onnx.program import require_opset
     from afq_export.runtime import onnxruntime
 
@@ -49,10 +50,19 @@ def refuse(target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
     for kernel in {record.kernel: target.kernel(record.kernel) for record in records.values()}.values():
         if kernel.arithmetic not in WRITERS:
             raise InputError("ONNX Runtime has no such kernel", where=f"{target.name}: {kernel.name}")
+        if kernel.stored_bits not in STORED or kernel.runs_as not in NODE_BYTES:
+            raise InputError(
+                "a kernel does not fit",
+                where=f"{target.name}: {kernel.name}",
+                why=f"stored_bits {kernel.stored_bits} and runs_as {kernel.runs_as!r}",
+                do=f"bits are {', '.join(map(str, STORED))}, operators {', '.join(NODE_BYTES)}",
+            )
     require_opset(target)
     onnxruntime.require_onnxruntime()
     onnxruntime.refuse_missing_providers(target.onnx.providers)
-    onnxruntime.session_options(session_options(records, target))
+    options = session_options(records, target)
+    onnxruntime.session_options(options)
+    genai_options(options)
 
 
 def overhead(config: DecoderConfig, records: Mapping[str, LinearRecord], target: TargetProfile) -> int:
@@ -95,8 +105,7 @@ def write(
     from afq_export.lower.onnx.vectors import write_vectors
     from afq_export.runtime.onnxruntime import OnnxSession, write_options
 
-    content = lower_onnx(checkpoint, target, folder, provenance, progress)
-    del content
+    lower_onnx(checkpoint, target, folder, provenance, progress)
     options = run_options(checkpoint, target)
     write_options(folder / SESSION_FILE, options)
     opened = OnnxSession(folder / "model.onnx", options)

@@ -100,8 +100,13 @@ def quantized_block_weights(
 
 @torch.no_grad()
 def measure(problem: BlockProblem, p: BlockParameters, opened: float, alpha: float, batch: int) -> float:
-    """The loss in float32, on up to MEASURED windows spread over all."""
-    weights = quantized_block_weights(problem, p, opened, alpha)
+    """The loss of these parameters (see `held_loss`)."""
+    return held_loss(problem, quantized_block_weights(problem, p, opened, alpha), batch)
+
+
+@torch.no_grad()
+def held_loss(problem: BlockProblem, weights: Weights, batch: int) -> float:
+    """The loss of a block with quantized `weights` in float32, on up to MEASURED windows spread over all."""
     count = min(MEASURED, len(problem.inputs))
     windows = torch.arange(count) * len(problem.inputs) // count
     return sum(float(block_output_loss(problem, weights, part)) * len(part) for part in windows.split(batch)) / count

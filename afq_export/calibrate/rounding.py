@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from afq_export.arch.decoder import block
 from afq_export.arch.ops import Weights
-from afq_export.calibrate.learn import BlockProblem, block_output_loss
+from afq_export.calibrate.learn import BlockProblem, block_output_loss, held_loss
 from afq_export.calibrate.ops import QuantizedPathOps, quantized_weights
+from afq_export.errors import InputError
 from afq_export.quantize.checkpoint import dequantize
 from afq_export.quantize.grid import grouped, round_with_offsets, rounded_codes, weight_scales
 from afq_export.spec.recipe import Rounding
@@ -29,6 +30,8 @@ DAMPING = 0.01
 """Of the mean of its diagonal, added to a Hessian's diagonal (GPTQ, section 3.3)."""
 COLUMNS = 128
 """Columns whose errors are made good at once in the columns behind them (GPTQ, section 3.3: lazy batch updates)."""
+MEASUREMENTS = 4
+"""Times that the loss is measured, on more windows than a step has, while rounding is learned."""
 FREEDOM = 0.5
 """How far, in steps of the grid, learned rounding may move a weight before it is rounded."""
 
@@ -53,7 +56,9 @@ def round_block(
     """Codes of all linears of a block. `folded`: its float weights with the transforms in them, as quantize has it."""
     match rounding.method:
         case "gptq":
-            return Rounded(_gptq_block(problem, folded, clips, rounding), dict(clips))
+            rounded = Rounded(_gptq_block(problem, folded, clips, rounding), dict(clips))
+            loss = held_loss(problem, rounded_weights(problem, folded, rounded), rounding.batch)
+            return dataclasses.replace(rounded, loss=loss)
         case "learned":
             return _learn(problem, folded, clips, rounding, seed, tick)
     return Rounded({}, dict(clips))
@@ -82,7 +87,12 @@ def _gptq_block(problem: BlockProblem, folded: Weights, clips: Clips, rounding: 
             weight, spec = folded[f"{role}.weight"], problem.records[role].spec.weight
             scales = weight_scales(weight, clips[role].float(), spec)
             columns = scales.repeat_interleave(spec.group, 1)[:, : weight.shape[1]] if spec.group else scales
-            codes[role] = gptq(weight, columns.expand_as(weight), hessian, spec.qmin, spec.qmax)
+            try:
+                codes[role] = gptq(weight, columns.expand_as(weight), hessian, spec.qmin, spec.qmax)
+            except torch.linalg.LinAlgError as error:
+                name = problem.records[role].spec.name
+                why = "the Hessian of its inputs is not positive definite"
+                raise InputError("GPTQ fails", where=name, why=why, do="take rounding.method = learned") from error
     return codes
 
 
@@ -119,8 +129,8 @@ def _hessians(problem: BlockProblem, weights: Weights, open_roles: set[str], bat
     for x in problem.inputs.split(batch):
         ops = _FirstInputs(problem, weights, open_roles)
         block(problem.config, ops, x)
-        rows = ops.seen.reshape(-1, ops.seen.shape[-1])
-        hessian = (rows.T @ rows).double()
+        rows = ops.seen.reshape(-1, ops.seen.shape[-1]).double()
+        hessian = rows.T @ rows
         for role in ops.roles:
             found[role] = found[role] + hessian if role in found else hessian
     return found
@@ -196,7 +206,7 @@ def _learn(
     """SignRound on the block's output, with the same loss as the transforms; the best state seen is kept."""
     generator = torch.Generator().manual_seed(seed)
     offsets, windows = _Offsets(problem, folded, clips), len(problem.inputs)
-    best, least = Rounded({}, dict(clips)), _loss(problem, offsets.weights(), rounding.batch)
+    best, least = Rounded({}, dict(clips)), held_loss(problem, offsets.weights(), rounding.batch)
     for step in range(rounding.steps):
         part = torch.randperm(windows, generator=generator)[: rounding.batch]
         with torch.autocast("cpu", torch.bfloat16, enabled=rounding.autocast == "bfloat16"):
@@ -204,23 +214,9 @@ def _learn(
         loss.backward()
         offsets.step((1 - step / rounding.steps) * rounding.rate)
         if (step + 1) % max(1, rounding.steps // MEASUREMENTS) == 0 or step + 1 == rounding.steps:
-            found = _loss(problem, offsets.weights(), rounding.batch)
+            found = held_loss(problem, offsets.weights(), rounding.batch)
             if found < least:
                 kept = {role: offsets.clip(role).detach().clone() for role in problem.records}
                 best, least = Rounded(offsets.codes(), kept, found), found
             tick(step + 1, rounding.steps)
     return best
-
-
-MEASUREMENTS = 4
-"""Times that the loss is measured, on more windows than a step has, while rounding is learned."""
-HELD = 16
-"""Windows that it is measured on."""
-
-
-@torch.no_grad()
-def _loss(problem: BlockProblem, weights: Weights, batch: int) -> float:
-    """The loss in float32 on HELD windows spread over all."""
-    count = min(HELD, len(problem.inputs))
-    windows = torch.arange(count) * len(problem.inputs) // count
-    return sum(float(block_output_loss(problem, weights, p)) * len(p) for p in windows.split(batch)) / count

@@ -107,7 +107,8 @@ def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
         if not reports and name in REPORTS:
             continue
         if not path.is_file():
-            raise InputError("a file of the bundle is missing", where=str(path))
+            do = "run `afq-export validate` on it" if name in REPORTS else "export it again"
+            raise InputError("a file of the bundle is missing", where=str(path), do=do)
         if sha256_file(path) != digest:
             raise InputError(
                 "a file of the bundle was changed",

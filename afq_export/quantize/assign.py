@@ -35,7 +35,15 @@ def assign(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> dict
                 _spec(name, outputs, inputs, bias, recipe.weights, recipe.activations, recipe), recipe, target
             )
     head = Activations("none") if recipe.activations.mode == "none" else Activations("dynamic", 8)
-    records[HEAD] = _fit(_spec(HEAD, config.vocab, config.hidden, False, recipe.head, head, recipe), recipe, target)
+    spec = _spec(HEAD, config.vocab, config.hidden, False, recipe.head, head, recipe)
+    if spec.activation is not None and not spec.activation.dynamic:
+        raise InputError(
+            "no static lm_head",
+            where=f"recipe {recipe.name}: an override makes {HEAD}'s activations static",
+            why="ranges are observed in the blocks only",
+            do=f"leave {HEAD} out of the pattern, e.g. blocks.*",
+        )
+    records[HEAD] = _fit(spec, recipe, target)
     session_options(records, target)
     return records
 

@@ -98,10 +98,12 @@ class Learning(Data):
 
 
 class Rounding(Data):
-    """How folded weights are rounded to their grids, after the transforms are learned.
+    """How the blocks' folded weights are rounded to their grids, after the transforms are learned; lm_head and token
+    rows go to the nearest code.
 
-    `nearest`; `gptq` (arXiv 2210.17323); `learned` (SignRound, arXiv 2309.05516): `steps` of signed gradient descent on
-    `batch` windows each, `rate` of a grid step at first and falling to 0, in the precision `autocast`.
+    `nearest`; `gptq` (arXiv 2210.17323), on `batch` windows at a time; `learned` (SignRound, arXiv 2309.05516): `steps`
+    of signed gradient descent on `batch` windows each, `rate` of a grid step at first and falling to 0, in the
+    precision `autocast`.
     """
 
     method: Literal["nearest", "gptq", "learned"] = "nearest"

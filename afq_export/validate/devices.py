@@ -34,6 +34,8 @@ RECUT = 7
 OTHER_FLOAT = 2.0
 """A device may choose otherwise this many times as often as this machine does against itself: on another instruction
 set norms, nonlinearity and softmax round differently too, not attention alone."""
+MOST_OTHER = 0.1
+"""A device may never choose otherwise more often than this, however little this machine agrees with itself."""
 UNLIKELY, DEVIATIONS = 0.01, 2.6
 """Chance below which a share of equal choices counts, and the standard errors beyond which a perplexity does."""
 ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -163,7 +165,8 @@ def judge(name: str, family: str, found: Comparison, own: Comparison, target: Ta
     if not abs(found.excess) - DEVIATIONS * found.excess_stderr <= target.perplexity_budget:
         wrong.append(f"perplexity differs by {found.excess:+.3%}, allowed {target.perplexity_budget:.2%}")
     tokens = found.here.tokens
-    other, rate = tokens - round(found.top1 * tokens), max(1 - target.agreement_floor, OTHER_FLOAT * (1 - own.top1))
+    floor = 1 - target.agreement_floor
+    other, rate = tokens - round(found.top1 * tokens), max(floor, min(MOST_OTHER, OTHER_FLOAT * (1 - own.top1)))
     if chance_of(other, tokens, rate) < UNLIKELY:
         wrong.append(f"other tokens are chosen at {other} of {tokens}, allowed {rate:.2%}")
     figures = (

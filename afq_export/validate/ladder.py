@@ -195,11 +195,10 @@ def _rung_check(name: str, figure: spec.Perplexity) -> Check:
 
 def _parts_check(parts: ComparedParts) -> Check:
     """The runtime's float operators are the functions they should be; their last bits are theirs."""
-    return _check(
-        "float operators",
-        parts.error <= FLOAT_TOLERANCE,
-        f"norms, nonlinearity and attention of {parts.name} within {parts.error:.1e} of torch's",
-    )
+    detail = f"norms, rotation, nonlinearity and attention of {parts.name} within {parts.error:.1e} of torch's"
+    if parts.own:
+        detail += f"; the reference takes {len(parts.own)} linears from it too (their sums have no order), see `layers`"
+    return _check("float operators", parts.error <= FLOAT_TOLERANCE, detail)
 
 
 def _reference_check(target: TargetProfile, fake_quant: float, integer: float) -> Check:

@@ -76,13 +76,20 @@ class TorchParts:
 
 
 class ComparedParts:
-    """`parts`, each result held against torch's; `error` is the largest difference over the row's largest value."""
+    """`parts`, each result held against torch's; `error` is the largest difference over the row's largest value.
+
+    `own` are the linears for which the runtime's kernel stood in: layers.py holds those to the integer model.
+    """
 
     def __init__(self, parts: FloatParts) -> None:
         self.parts, self.name, self.reference, self.error = parts, parts.name, TorchParts(), 0.0
+        self.own: set[str] = set()
 
     def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor | None:
-        return self.parts.linear(linear, x)
+        y = self.parts.linear(linear, x)
+        if y is not None:
+            self.own.add(linear.spec.name)
+        return y
 
     def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return self._compare(self.parts.rotate(x_BTHd, rope), self.reference.rotate(x_BTHd, rope))

@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from afq_export.errors import InputError
+from afq_export.errors import AfqError, InputError
 from afq_export.runtime.onnxruntime import RunOptions, first_line, open_session
 
 UNFUSED = {
@@ -60,7 +60,7 @@ def specified(model: bytes, inputs: Mapping[str, np.ndarray]) -> Specified:
         names = list(evaluator.output_names)
         reference = evaluator.run(names, dict(inputs))
         unfused = open_session(model, RunOptions(UNFUSED)).run(names, dict(inputs))
-    except InputError:
+    except AfqError:
         raise
     except Exception as error:  # neither has an exception of its own for a model that does not run
         raise InputError("the specification cannot be computed", why=first_line(error)) from error

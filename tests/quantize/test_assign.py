@@ -87,3 +87,9 @@ def test_an_override_that_matches_nothing_is_an_error() -> None:
 def test_the_head_has_its_own_grid() -> None:
     recipe = msgspec.structs.replace(load_recipe("w8a8-dynamic"), head=Weights(bits=4, group=32))
     assert assign(llama_config(), recipe, TARGET)["lm_head"].kernel == "qd8-f32-qb4w"
+
+
+def test_a_static_head_is_refused_before_anything_is_calibrated() -> None:
+    recipe = load_recipe("w8a8-static+rtn", ('override=[{pattern="*", activations="static"}]',))
+    with pytest.raises(InputError, match="no static lm_head"):
+        assign(llama_config(), recipe, load_target("linux-x64-ort"))

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from afq_export.backends import backend
 from afq_export.errors import InputError
 from afq_export.quantize.assign import assign, session_options
 from afq_export.spec.catalog import TARGETS, data_root, entries, load_recipe, load_target
@@ -282,3 +283,26 @@ def test_a_static_output_is_asked_for_by_the_recipe() -> None:
     assert {record.spec.output for name, record in xnnpack.items() if name != "lm_head"} == {"static"}
     with pytest.raises(InputError, match="qs8-qc8w leaves its output static, not float"):
         records("w8a8-static", 'activations.output="float"', target="android-xnnpack")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"opset": 40}, "the opset does not fit"),
+        ({"stored_bits": 3}, "a kernel does not fit"),
+        ({"runs_as": "MatMulFast"}, "a kernel does not fit"),
+    ],
+)
+def test_a_kernel_that_cannot_be_written_is_refused_early(changes: dict[str, object], said: str) -> None:
+    target = load_target("linux-x64-ort")
+    kernels = tuple(msgspec.structs.replace(kernel, **changes) for kernel in target.kernels)
+    changed = msgspec.structs.replace(target, kernels=kernels)
+    with pytest.raises(InputError, match=said):
+        backend("onnxruntime").refuse(changed, records("w4a8-g32+rtn")[0])
+
+
+def test_an_option_that_genai_would_not_hand_on_is_refused_early() -> None:
+    target = load_target("linux-x64-ort")
+    onnx = msgspec.structs.replace(target.onnx, session={**target.onnx.session, "weird option": "1"})
+    with pytest.raises(InputError, match="weird option"):
+        backend("onnxruntime").refuse(msgspec.structs.replace(target, onnx=onnx), records("w4a8-g32+rtn")[0])

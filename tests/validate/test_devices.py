@@ -122,6 +122,12 @@ def test_a_machine_that_departs_from_itself_allows_a_device_to() -> None:
     assert judge("arm64:x", "neon", measured(40), measured(5), TARGET).status == "failed"
 
 
+def test_a_machine_that_does_not_agree_with_itself_does_not_let_everything_pass() -> None:
+    """However often it chooses otherwise itself, a device may not do so at half of the tokens."""
+    assert judge("arm64:x", "neon", measured(10), measured(200), TARGET).status == "passed"
+    assert judge("arm64:x", "neon", measured(120), measured(200), TARGET).status == "failed"
+
+
 def test_a_perplexity_counts_as_far_as_it_is_known() -> None:
     for excess, stderr, status in ((0.02, 0.01, "passed"), (0.02, 0.001, "failed"), (-0.02, 0.001, "failed")):
         assert judge("arm64:x", "neon", measured(0, excess, stderr), SAME, TARGET).status == status

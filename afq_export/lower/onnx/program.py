@@ -153,10 +153,11 @@ def require_opset(target: TargetProfile) -> None:
     from onnx.defs import onnx_opset_version
 
     options = target.onnx
-    if not FIRST_OPSET <= options.opset <= min(LAST_OPSET, onnx_opset_version()):
+    opset = max(options.opset, *(kernel.opset for kernel in target.kernels))
+    if not FIRST_OPSET <= options.opset <= opset <= min(LAST_OPSET, onnx_opset_version()):
         raise InputError(
             "the opset does not fit",
-            where=f"target {target.name}: onnx.opset = {options.opset}",
+            where=f"target {target.name}: onnx.opset = {options.opset}, {opset} with its kernels",
             why=f"{FIRST_OPSET} is the first with a decoder's operators, {LAST_OPSET} the last that ONNX Runtime takes",
         )
     if not FIRST_IR <= options.ir_version <= LAST_IR:

@@ -1,4 +1,4 @@
-"""Reads a finished ONNX file back: which integers are really in it, found by following the graph, not its names."""
+"""Reads a finished ONNX file back: which integers are really in it, found by following the graph from each MatMul."""
 
 from __future__ import annotations
 
