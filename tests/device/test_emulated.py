@@ -15,11 +15,14 @@ from afq_export.device.arm64.session import Arm64Session, Limits
 from afq_export.errors import MissingToolError, VerdictError
 from afq_export.lower.executorch.probe import run_linears
 from afq_export.lower.executorch.program import lower_program
+from afq_export.lower.onnx.probe import run_linears as run_onnx_linears
 from afq_export.progress import silent
 from afq_export.runtime.executorch import ExecutorchSession
-from afq_export.validate.device_linears import LinearProgram, compare_linears
+from afq_export.runtime.onnxruntime import write_options
+from afq_export.validate.device_linears import LinearProgram, compare_linears, record_linears
 from tests.checkpoints import KERNELS, random_checkpoint, random_linear, random_windows, small_config
 from tests.device.decoders import VOCAB, expected, save_decoder
+from tests.lower.onnx.decoders import decoder_config, lowered, random_ids, small_target
 from tests.lower.reference import TARGET
 
 FAMILIES = {"cortex-a53": "neon", "cortex-a55": "dotprod", "cortex-a76": "dotprod", "cortex-a710": "i8mm"}
@@ -91,3 +94,32 @@ def test_a_broken_program_does_not_run(environment: Environment, tmp_path: Path)
     session = Arm64Session(Emulator(environment, "cortex-a76"), tmp_path / "model.pte", Limits(8, 8, 8))
     with pytest.raises(VerdictError, match=r"the exported file does not run \[arm64:cortex-a76\]"):
         session.run(torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "cpu", "beyond"),
+    [
+        ("linux-arm64-ort", "w8a8-static", "cortex-a53", False),
+        ("linux-arm64-ort", "w8a8-dynamic", "cortex-a76", False),
+        ("linux-arm64-ort", "w4a8-g32", "cortex-a55", False),
+        ("linux-arm64-ort", "w4a8-g32", "cortex-a53", True),
+        ("linux-x64-ort", "w4a8-g32", "cortex-a55", True),
+    ],
+)
+def test_linears_of_onnx_runtime(
+    environment: Environment, tmp_path: Path, target: str, scheme: str, cpu: str, beyond: bool
+) -> None:
+    """8-bit weights: equal. MatMulNBits at level 4: within its bound with dot product and written zero points, which
+    the x86 target leaves out; a float kernel without dot product."""
+    case = lowered(tmp_path, decoder_config(), scheme, small_target(target))
+    write_options(tmp_path / "session_options.json", case.options)
+
+    def probe(linears, inputs, **keep):
+        return run_onnx_linears(linears, inputs, case.target, case.options, **keep)
+
+    programs = record_linears(case.checkpoint, case.target, random_ids(case.config.vocab, 33), probe, silent)
+    there = Arm64Session(Emulator(environment, cpu), case.path, Limits(case.config.vocab, 64, 64)).linears(programs)
+    found = compare_linears(programs, there)
+    assert bool(found.beyond) is beyond
+    if scheme != "w4a8-g32":
+        assert found.exact == found.count
