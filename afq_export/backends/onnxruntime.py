@@ -10,6 +10,7 @@ model.ort, model.required_operators_and_types.config   for minimal builds, where
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,10 @@ from afq_export.spec.target import TargetProfile
 if TYPE_CHECKING:
     from afq_export.runtime.onnxruntime import RunOptions
 
-NBITS, BYTE = "MatMulNBits", 8
+NBITS = "MatMulNBits"
+LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+"""At 0 MatMulNBits takes float activations, at 4, which is also what ONNX Runtime takes unasked, int8 ones."""
+BYTE = 8
 PROGRAM_BYTES = 5_000
 """Nodes, names and metadata of a file with no linear, and ..."""
 NODE_BYTES = {NBITS: 500, "MatMulInteger": 1_140, "MatMulIntegerToFloat": 690, "QLinearMatMul": 900}
@@ -186,9 +190,15 @@ def describe(path: Path) -> tuple[dict[str, Any], list[tuple[str, int, int, str,
 
     content = read_onnx(path)
     facts = {"opset": content.opset, "operators": sum(content.operators.values())}
-    linears = [
-        (linear.kind, *linear.codes.shape, linear.weight, linear.activation) for linear in content.linears.values()
-    ]
+    level = json.loads(content.metadata.get("session_options", "{}")).get(LEVEL_ENTRY, "4")
+    linears = []
+    for linear in content.linears.values():
+        kernel, activation = linear.kind, linear.activation
+        if linear.scales.shape[1] > 1 or "blocks" in linear.kind:
+            kernel, activation = NBITS, "float" if level == "0" else "int8 per group dynamic"
+        elif linear.input is not None:
+            kernel = "MatMulIntegerToFloat" if linear.output is None else "QLinearMatMul"
+        linears.append((kernel, *linear.codes.shape, linear.weight, activation))
     return facts, linears
 
 
