@@ -28,6 +28,9 @@ CONTEXT = "context_length"
 SMALL = 1024
 """Bytes of a tensor that stays in the file when the others go beside it."""
 MEGABYTE = 1_000_000
+FIRST_OPSET, LAST_OPSET = 23, 26
+FIRST_IR, LAST_IR = 11, 13
+"""What ONNX Runtime 1.31 takes at most; onnx 1.23 would write opset 28 and IR 14."""
 
 
 def lower_onnx(
@@ -153,21 +156,17 @@ def require_opset(target: TargetProfile) -> None:
     from onnx.defs import onnx_opset_version
 
     options = target.onnx
-    opset = max(options.opset, *(kernel.opset for kernel in target.kernels))
-    if not FIRST_OPSET <= options.opset <= opset <= min(LAST_OPSET, onnx_opset_version()):
-        raise InputError(
-            "the opset does not fit",
-            where=f"target {target.name}: onnx.opset = {options.opset}, {opset} with its kernels",
-            why=f"{FIRST_OPSET} is the first with a decoder's operators, {LAST_OPSET} the last that ONNX Runtime takes",
-        )
+    asked = {"onnx.opset": options.opset} | {f"opset of {k.name}": k.opset for k in target.kernels if k.opset}
+    for what, opset in asked.items():
+        if not FIRST_OPSET <= opset <= min(LAST_OPSET, onnx_opset_version()):
+            raise InputError(
+                "the opset does not fit",
+                where=f"target {target.name}: {what} = {opset}",
+                why=f"{FIRST_OPSET} is the first with a decoder's operators, ONNX Runtime takes {LAST_OPSET} at most",
+            )
     if not FIRST_IR <= options.ir_version <= LAST_IR:
         raise InputError(
             "the IR version does not fit",
             where=f"target {target.name}: onnx.ir_version = {options.ir_version}",
             why=f"opset {FIRST_OPSET} needs {FIRST_IR}, ONNX Runtime takes {LAST_IR} at most",
         )
-
-
-FIRST_OPSET, LAST_OPSET = 23, 26
-FIRST_IR, LAST_IR = 11, 13
-"""What ONNX Runtime 1.31 takes at most; onnx 1.23 would write opset 28 and IR 14."""
