@@ -162,7 +162,8 @@ def require_opset(target: TargetProfile) -> None:
             raise InputError(
                 "the opset does not fit",
                 where=f"target {target.name}: {what} = {opset}",
-                why=f"{FIRST_OPSET} is the first with a decoder's operators, ONNX Runtime takes {LAST_OPSET} at most",
+                why=f"{FIRST_OPSET} is the first with a decoder's operators, "
+                f"{LAST_OPSET} the last that ONNX Runtime takes",
             )
     if not FIRST_IR <= options.ir_version <= LAST_IR:
         raise InputError(
