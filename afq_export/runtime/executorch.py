@@ -11,6 +11,7 @@ from torch import Tensor
 
 from afq_export.errors import InputError
 from afq_export.runtime.library import load_runtime
+from afq_export.runtime.session import check_ids
 
 IDENTIFIER = b"ET12"
 HEADER_MAGIC = b"eh00"
@@ -43,7 +44,7 @@ class ExecutorchSession:
 
     def extend(self, ids: Tensor, position: int) -> Tensor:
         """Float32 [T, V] of tokens after `position` others (see `Session`)."""
-        self._check(ids, position)
+        check_ids(self, self._path, ids, position)
         rows = [self._call(part, position + start * self.prefill) for start, part in enumerate(ids.split(self.prefill))]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -69,20 +70,6 @@ class ExecutorchSession:
             return self._module.forward(inputs)[0][0]
         except RuntimeError as error:
             raise InputError("the program does not run", where=str(self._path), why=str(error)) from error
-
-    def _check(self, ids: Tensor, position: int) -> None:
-        if ids.ndim != 1 or not len(ids):
-            raise InputError("token ids must be one sequence", why=f"shape {tuple(ids.shape)}")
-        if position < 0 or position + len(ids) > self.context:
-            raise InputError(
-                "the sequence is longer than the program's context",
-                where=str(self._path),
-                why=f"{position + len(ids)} tokens, context {self.context}",
-                do="shorten the text or lower with a larger context",
-            )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab:
-            raise InputError("a token id is outside the vocabulary", why=f"ids {low}..{high}, vocabulary {self.vocab}")
 
     def _constant(self, name: str) -> Any:
         try:

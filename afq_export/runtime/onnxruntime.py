@@ -17,6 +17,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from afq_export.errors import AfqError, InputError, MissingToolError
+from afq_export.runtime.session import check_ids
 from afq_export.spec.strict import Data
 
 if TYPE_CHECKING:
@@ -133,22 +134,11 @@ class OnnxSession:
         return next(iter(self._cache.values())).shape[2]
 
     def _check(self, ids: Tensor, position: int) -> None:
-        if ids.ndim != 1 or not len(ids):
-            raise InputError("token ids must be one sequence", why=f"shape {tuple(ids.shape)}")
-        if position < 0 or position + len(ids) > self.context:
-            raise InputError(
-                "the sequence is longer than the program's context",
-                where=str(self._path),
-                why=f"{position + len(ids)} tokens, context {self.context}",
-                do="shorten the text or lower with a larger context",
-            )
+        check_ids(self, self._path, ids, position)
         if position > self._length():
             raise InputError(
                 "tokens after others that were not seen", why=f"position {position}, {self._length()} seen"
             )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab:
-            raise InputError("a token id is outside the vocabulary", why=f"ids {low}..{high}, vocabulary {self.vocab}")
 
 
 def open_session(

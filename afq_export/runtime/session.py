@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+
+from afq_export.errors import InputError
 
 
 class Session(Protocol):
@@ -36,3 +39,19 @@ class Session(Protocol):
 
         Ends before the first id in `stop`, and where the context ends.
         """
+
+
+def check_ids(session: Session, path: Path, ids: Tensor, position: int) -> None:
+    """Raises InputError unless `session`, of the program at `path`, takes ids [T] after `position` tokens."""
+    if ids.ndim != 1 or not len(ids):
+        raise InputError("token ids must be one sequence", why=f"shape {tuple(ids.shape)}")
+    if position < 0 or position + len(ids) > session.context:
+        raise InputError(
+            "the sequence is longer than the program's context",
+            where=str(path),
+            why=f"{position + len(ids)} tokens, context {session.context}",
+            do="shorten the text or lower with a larger context",
+        )
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= session.vocab:
+        raise InputError("a token id is outside the vocabulary", why=f"ids {low}..{high}, vocabulary {session.vocab}")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from afq_export.errors import InputError
 from afq_export.lower.executorch.compose import call_segment, export_program
 from afq_export.lower.executorch.segments import Segment, probe_segment
+from afq_export.lower.probe_input import probe_input
 from afq_export.quantize.checkpoint import QuantizedLinear
 from afq_export.runtime.library import load_runtime
 
@@ -27,7 +27,7 @@ def run_linears(
     an input is missing or does not fit its linear.
     """
     named = {linear.spec.name: linear for linear in linears}
-    arrays = {name: _input(linear, inputs) for name, linear in named.items()}
+    arrays = {name: probe_input(linear, inputs) for name, linear in named.items()}
     shapes = {name: tuple(array.shape) for name, array in arrays.items()}
     segment = probe_segment(named, shapes)
     example = tuple(torch.from_numpy(array) for array in arrays.values())
@@ -46,13 +46,3 @@ class _Probe(nn.Module):
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         return call_segment(self.segment, list(inputs))
-
-
-def _input(linear: QuantizedLinear, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    name, width = linear.spec.name, linear.spec.inputs
-    if name not in inputs:
-        raise InputError("no input for a linear", where=name)
-    array = np.ascontiguousarray(inputs[name], np.float32)
-    if array.ndim != 2 or array.shape[1] != width or not len(array):
-        raise InputError("an input does not fit its linear", where=name, why=f"{array.shape}, not [T, {width}]")
-    return array

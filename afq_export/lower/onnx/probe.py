@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from afq_export.errors import InputError
 from afq_export.lower.onnx.decoder import BATCH, SEQUENCE
 from afq_export.lower.onnx.graph import OnnxGraph
 from afq_export.lower.onnx.linears import write_linear
 from afq_export.lower.onnx.parts import Part, part_model
+from afq_export.lower.probe_input import probe_input
 from afq_export.quantize.checkpoint import QuantizedLinear
 from afq_export.runtime.onnxruntime import RunOptions
 from afq_export.spec.target import TargetProfile
@@ -27,7 +27,7 @@ def run_linears(
 
     One model for all of them, given to `keep`. Raises InputError when an input is missing or does not fit its linear.
     """
-    arrays = {f"{linear.spec.name}.x": _input(linear, inputs)[None] for linear in linears}
+    arrays = {f"{linear.spec.name}.x": probe_input(linear, inputs)[None] for linear in linears}
     model = linears_model(linears, target)
     keep(model)
     results = Part(model, options)(**arrays)
@@ -49,13 +49,3 @@ def linears_model(linears: Sequence[QuantizedLinear], target: TargetProfile) -> 
         graph.node("Identity", [y], f"{name}.y")
     opset = max(target.onnx.opset, *(target.kernel(linear.record.kernel).opset for linear in linears))
     return part_model(graph, given, taken, opset)
-
-
-def _input(linear: QuantizedLinear, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    name, width = linear.spec.name, linear.spec.inputs
-    if name not in inputs:
-        raise InputError("no input for a linear", where=name)
-    array = np.ascontiguousarray(inputs[name], np.float32)
-    if array.ndim != 2 or array.shape[1] != width or not len(array):
-        raise InputError("an input does not fit its linear", where=name, why=f"{array.shape}, not [T, {width}]")
-    return array
