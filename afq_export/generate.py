@@ -34,7 +34,7 @@ def generate(bundle: Bundle, prompt: str, tokens: int, *, chat: bool = False) ->
     """
     tokenizer = load_folder_tokenizer(bundle.folder)
     ids = _ids(tokenizer, prompt, chat, bundle.folder)
-    session = backend(bundle.runtime).open_session(bundle)
+    session = backend(bundle.backend).open_session(bundle)
     stop = _stop_ids(bundle.folder)
     start = time.perf_counter()
     found = session.generate(torch.tensor(ids), tokens, stop)

@@ -92,7 +92,7 @@ def resolve(request: Request) -> Job:
     recipe = load_recipe(request.recipe or target.default_recipe, changes)
     model, defaults = _model(request)
     records = assign(model.config, recipe, target)
-    backend(target.runtime).refuse(target, records)
+    backend(target.backend).refuse(target, records)
     choices = choose_forms(model.config, recipe.transforms)
     tokenizer = open_tokenizer(model)
     calibration, evaluation = _corpora(request)

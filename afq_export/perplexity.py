@@ -79,7 +79,7 @@ def open_subject(name: str, tokenizer: str | None = None) -> Subject:
         found = load_folder_tokenizer(Path(tokenizer)) if tokenizer else _tokenizer_beside(path)
         return Subject(name, "fake_quant", fake_quant_rung(checkpoint), found, checkpoint.config.max_positions)
     bundle = open_bundle(bundle_folder(path))
-    session = backend(bundle.runtime).open_session(bundle)
+    session = backend(bundle.backend).open_session(bundle)
     return Subject(name, "runtime", session, load_folder_tokenizer(bundle.folder), session.context)
 
 

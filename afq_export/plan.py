@@ -14,7 +14,6 @@ from afq_export.backends import backend
 from afq_export.fold.forms import SiteChoice
 from afq_export.job import Job
 from afq_export.load.model import expected_shapes
-from afq_export.lower.bundle import MODEL_FILES
 from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.report.layers import LayerGroup, layer_groups
 from afq_export.runfolder import peak_rss_mb
@@ -127,7 +126,7 @@ def plan(job: Job, gflops: float) -> Plan:
         vocabulary=config.vocab,
         recipe=job.recipe.name,
         target=job.target.name,
-        file=MODEL_FILES[job.target.runtime],
+        file=backend(job.target.backend).PROGRAM,
         out=str(job.out),
         defaults=job.defaults,
         calibration=f"{len(calibration.ids_NT)} windows of {calibration.length} tokens of {calibration.corpus}",
@@ -147,7 +146,7 @@ def program_size(job: Job) -> Size:
     """Bytes of the program, counted: codes, scales, biases, rows, norms; what the format adds by its backend."""
     config, records = job.model.config, list(job.records.values())
     *blocks, head = (_linear_bytes(record, job) for record in records)
-    runtime = backend(job.target.runtime)
+    runtime = backend(job.target.backend)
     tied = config.tied and job.recipe.transforms.rotation == "off"
     shared = tied and runtime.shares_rows(records[-1], job.recipe.embedding, job.target)
     norms = 4 * (_parameters(config) - sum(r.spec.outputs * r.spec.inputs for r in records[:-1]))

@@ -48,8 +48,8 @@ def revalidate(
     def with_devices(report: ValidationReport) -> ValidationReport:
         if not on:
             return report
-        session = backend(bundle.runtime).open_session(bundle)
-        probe = backend(bundle.runtime).runtime(bundle, job.target, checkpoint).probe
+        session = backend(bundle.backend).open_session(bundle)
+        probe = backend(bundle.backend).runtime(bundle, job.target, checkpoint).probe
         programs = record_linears(checkpoint, job.target, few_NT[0, :LINEAR_TOKENS], probe, progress)
         found = check_devices(devices, bundle.model, job.target, session, few_NT, programs, progress)
         return found.added_to(report)

@@ -1,7 +1,8 @@
-"""The runtimes that a target can name: one module each, the same names in each (see `Backend`)."""
+"""The backends that a target can name: one module each, the same names in each (see `Backend`)."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -9,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
-from afq_export.backends import executorch, onnxruntime
 from afq_export.lower.bundle import Bundle
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import LinearRecord, QuantizedCheckpoint
 from afq_export.spec.recipe import Embedding
 from afq_export.spec.report import Coverage
-from afq_export.spec.target import TargetProfile
+from afq_export.spec.target import BackendName, TargetProfile
 
 if TYPE_CHECKING:
     from afq_export.runtime.session import Session
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 class Backend(Protocol):
     """What a module of this folder has. Nothing heavy is imported before a function is called."""
+
+    PROGRAM: str
+    """The file of a bundle that is the program."""
 
     def refuse(self, target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
         """Raises InputError or MissingToolError for what lowering or running would fail on, before any work."""
@@ -49,7 +52,7 @@ class Backend(Protocol):
         """
 
     def open_session(self, bundle: Bundle) -> Session:
-        """The bundle's program in its runtime."""
+        """The bundle's program in its runtime. Raises MissingToolError where nothing here runs it."""
 
     def runtime(self, bundle: Bundle, target: TargetProfile, checkpoint: QuantizedCheckpoint) -> Runtime:
         """What validation needs of the runtime; loaded when it is first asked for."""
@@ -61,6 +64,6 @@ class Backend(Protocol):
         """Facts of a program file, and each of its linears as (kernel, O, I, weight grid, activation grid)."""
 
 
-def backend(runtime: str) -> Backend:
-    """The module of a runtime, as targets name it."""
-    return cast(Backend, {"executorch": executorch, "onnxruntime": onnxruntime}[runtime])
+def backend(name: BackendName) -> Backend:
+    """The module of a backend, as targets name it; only that one is loaded."""
+    return cast(Backend, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))

@@ -30,6 +30,7 @@ from afq_export.spec.target import TargetProfile
 if TYPE_CHECKING:
     from afq_export.runtime.onnxruntime import RunOptions
 
+PROGRAM = "model.onnx"
 NBITS = "MatMulNBits"
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 """At 0 MatMulNBits takes float activations, at 4, which is also what ONNX Runtime takes unasked, int8 ones."""
@@ -112,14 +113,14 @@ def write(
     lower_onnx(checkpoint, target, folder, provenance, progress)
     options = run_options(checkpoint, target)
     write_options(folder / SESSION_FILE, options)
-    opened = OnnxSession(folder / "model.onnx", options)
+    opened = OnnxSession(folder / PROGRAM, options)
     inputs, outputs = opened.run_both(vector)
     write_vectors(folder, inputs, outputs)
     (folder / GENAI_CONFIG).write_text(
         genai_config(checkpoint.config, options.context, options.session), encoding="utf-8"
     )
     if target.onnx.ort_format:
-        write_ort_format(folder / "model.onnx", folder, options.session)
+        write_ort_format(folder / PROGRAM, folder, options.session)
 
 
 def open_session(bundle: Bundle):

@@ -10,7 +10,7 @@ from typing import Any
 from afq_export.backends import backend
 from afq_export.errors import InputError
 from afq_export.files import sha256_file
-from afq_export.lower.bundle import MODEL_FILES, Bundle, open_bundle
+from afq_export.lower.bundle import Bundle, open_bundle
 from afq_export.paths import Kind
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
 from afq_export.report.layers import LayerGroup, groups_text, layer_groups
@@ -18,8 +18,11 @@ from afq_export.report.tables import size_mb
 from afq_export.runfolder import RunFolder
 from afq_export.spec.report import read_report
 from afq_export.spec.strict import Data
+from afq_export.spec.target import BackendName
 
 STAGES = ("calibrate", "quantize", "lower", "validate")
+USUAL: dict[str, BackendName] = {".pte": "xnnpack", ".onnx": "onnxruntime"}
+"""Suffix of a program file by itself -> the backend that it is taken for."""
 
 
 class Facts(Data):
@@ -82,10 +85,9 @@ def quantized(checkpoint: QuantizedCheckpoint) -> Facts:
     return Facts(Kind.QUANTIZED.value, facts, layer_groups(checkpoint.records))
 
 
-def program(path: Path) -> Facts:
-    """A program file: its bytes, and the linears read back from it."""
-    runtime = next(name for name, file in MODEL_FILES.items() if Path(file).suffix == path.suffix)
-    inside, linears = backend(runtime).describe(path)
+def program(path: Path, made_by: BackendName | None = None) -> Facts:
+    """A program file: its bytes, and the linears read back from it. `made_by` where it does not show in the name."""
+    inside, linears = backend(made_by or USUAL[path.suffix]).describe(path)
     groups = tuple(
         LayerGroup("read back from the file", count, outputs, inputs, weight, activation, kernel)
         for (kernel, outputs, inputs, weight, activation), count in Counter(linears).items()
@@ -96,7 +98,7 @@ def program(path: Path) -> Facts:
 
 def bundle(opened: Bundle) -> Facts:
     """A bundle; its files' sha256 were checked when it was opened."""
-    manifest, inside = opened.manifest, program(opened.model)
+    manifest, inside = opened.manifest, program(opened.model, opened.backend)
     report = opened.folder / "report.json"
     verdict = read_report(report.read_bytes()).verdict if report.is_file() else "not validated yet"
     facts = {

@@ -24,4 +24,4 @@ def command(request: Request, fresh: Fresh = False, as_json: Json = False) -> No
     with progress() as tick:
         outcome = pipeline.run(job, tick)
     emit(summary(outcome.report, outcome.bundle.folder), outcome.report, as_json)
-    raise typer.Exit(0 if outcome.report.verdict == "pass" else 1)
+    raise typer.Exit(1 if outcome.report.verdict == "fail" else 0)

@@ -15,12 +15,18 @@ from afq_export.runfolder import RunFolder
 from afq_export.spec.request import Request
 from afq_export.terminal import note
 
+STATUS = {
+    "compiles": "its programs are made and read back here, not run; no figure will be the exported file's",
+    "untested": "written from the vendor's documentation; nothing of it was seen to work",
+}
+
 
 def start(request: Request, fresh: bool) -> tuple[Job, RunFolder]:
     """The job of `request` and its run folder; once nothing is refused, says what was taken by default."""
     job = resolve(request)
     folder = pipeline.open_folder(job, fresh=fresh)
     say_defaults(job)
+    say_status(job)
     return job, folder
 
 
@@ -28,6 +34,12 @@ def say_defaults(job: Job) -> None:
     """Says what was taken because nothing was said."""
     if job.defaults:
         note(f"taken by default: {'; '.join(job.defaults)}")
+
+
+def say_status(job: Job) -> None:
+    """Says, before any work, when nothing here can show that the target's programs run."""
+    if job.target.status in STATUS:
+        note(f"{job.target.name} is {job.target.status!r}: {STATUS[job.target.status]}")
 
 
 def quantized(job: Job, folder: RunFolder, progress: Progress) -> tuple[Calibration, QuantizedCheckpoint]:

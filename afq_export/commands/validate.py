@@ -41,4 +41,4 @@ def command(
     with progress() as tick:
         report = revalidate(folder, tick, asked, eval=eval, window=window, eval_windows=count, threads=threads)
     emit(summary(report, folder.bundle), report, as_json)
-    raise typer.Exit(0 if report.verdict == "pass" else 1)
+    raise typer.Exit(1 if report.verdict == "fail" else 0)

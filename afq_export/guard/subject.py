@@ -52,7 +52,7 @@ class Measured:
 def open_subject(path: str) -> Subject:
     """The bundle at `path`, or that of a run folder. Raises InputError, MissingToolError without its runtime."""
     bundle = open_bundle(bundle_folder(Path(path)))
-    return Subject(bundle, backend(bundle.runtime).open_session(bundle), load_folder_tokenizer(bundle.folder))
+    return Subject(bundle, backend(bundle.backend).open_session(bundle), load_folder_tokenizer(bundle.folder))
 
 
 def new_windows(subject: Subject, text: str | None, window: int | None, count: int | None) -> Windows:

@@ -24,11 +24,11 @@ from afq_export.load.config import GENERATION
 from afq_export.spec.recipe import Recipe
 from afq_export.spec.report import Manifest, ManifestModel, to_json
 from afq_export.spec.strict import to_toml
-from afq_export.spec.target import TargetProfile
+from afq_export.spec.target import BackendName, TargetProfile
 
 MANIFEST = "manifest.json"
-MODEL_FILES = {"executorch": "model.pte", "onnxruntime": "model.onnx"}
-"""Runtime -> the file that it loads."""
+BEFORE = {"model.pte": ("executorch", "xnnpack"), "model.onnx": ("onnxruntime", "onnxruntime")}
+"""Program -> runtime and backend, of manifests that name none of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +41,18 @@ class Bundle:
     @property
     def runtime(self) -> str:
         """The runtime that the exported file is for."""
-        return next(runtime for runtime, name in MODEL_FILES.items() if name in self.manifest.files)
+        return self.manifest.runtime or BEFORE[self.model.name][0]
+
+    @property
+    def backend(self) -> BackendName:
+        """The backend that made the exported file."""
+        return self.manifest.backend or BEFORE[self.model.name][1]
 
     @property
     def model(self) -> Path:
         """The exported file."""
-        return self.folder / MODEL_FILES[self.runtime]
+        named = self.manifest.program
+        return self.folder / (named or next(name for name in BEFORE if name in self.manifest.files))
 
     @property
     def model_bytes(self) -> int:
@@ -116,7 +122,7 @@ def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
                 why="its sha256 is not the manifest's",
                 do="export it again",
             )
-    if not any(name in manifest.files for name in MODEL_FILES.values()):
+    if not any(name in manifest.files for name in ([manifest.program] if manifest.program else BEFORE)):
         raise InputError("the bundle has no model file", where=str(folder))
     return Bundle(folder, manifest)
 
@@ -137,6 +143,7 @@ def new_manifest(
     model: FloatCheckpoint,
     recipe: Recipe,
     target: TargetProfile,
+    program: str,
     versions: dict[str, str],
     seed: int,
     command: list[str],
@@ -148,6 +155,9 @@ def new_manifest(
         model=ManifestModel(name=name, digest=model.digest),
         recipe=recipe.name,
         target=target.name,
+        runtime=target.runtime,
+        backend=target.backend,
+        program=program,
         versions=versions,
         seed=seed,
         command=tuple(command),

@@ -23,11 +23,12 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
     """
     with folder_beside(folder) as part:
         vector = job.calibration.ids_NT[0, :VECTOR_TOKENS]
-        backend(job.target.runtime).write(checkpoint, job.target, part, vector, provenance(checkpoint, job), progress)
+        chosen = backend(job.target.backend)
+        chosen.write(checkpoint, job.target, part, vector, provenance(checkpoint, job), progress)
         save_model_files(job.model, job.tokenizer, part)
         describe(job.recipe, job.target, part)
-        command = command_line(job)
-        seal(part, new_manifest(job.model, job.recipe, job.target, versions(), job.request.seed, command))
+        made = (versions(), job.request.seed, command_line(job))
+        seal(part, new_manifest(job.model, job.recipe, job.target, chosen.PROGRAM, *made))
     return open_bundle(folder)
 
 

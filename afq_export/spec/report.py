@@ -237,10 +237,13 @@ class DeviceReport(Data, kw_only=True):
 
 
 class ValidationReport(Data, kw_only=True):
-    """report.json. `verdict` is `pass` only when no check failed and none that the verdict needs was skipped."""
+    """report.json. `verdict` is `pass` only when no check failed and none that the verdict needs was skipped.
+
+    `compiled` is the same for a target whose programs nothing here runs: the file was made and read back, not measured.
+    """
 
     schema_version: int = SCHEMA_VERSION
-    verdict: Literal["pass", "fail"]
+    verdict: Literal["pass", "compiled", "fail"]
     model: Model
     recipe: str
     target: str
@@ -268,13 +271,19 @@ class ManifestModel(Data):
 
 
 class Manifest(Data, kw_only=True):
-    """manifest.json: the sha256 of every other file of the bundle, and what it was made from and by."""
+    """manifest.json: the sha256 of every other file of the bundle, and what it was made from and by.
+
+    `program` is the file that `runtime` runs, made by `backend` (all empty in bundles of afq-export 0.1).
+    """
 
     schema_version: int = SCHEMA_VERSION
     files: dict[str, str]
     model: ManifestModel
     recipe: str
     target: str
+    runtime: str = ""
+    backend: str = ""
+    program: str = ""
     versions: dict[str, str]
     seed: int
     command: tuple[str, ...]

@@ -128,14 +128,22 @@ class OnnxOptions(Data):
     session: dict[str, str] = {}
 
 
+BackendName = Literal["xnnpack", "onnxruntime", "qnn", "ethos-u", "cortex-m", "coreml", "vulkan", "openvino"]
+"""The modules of afq_export/backends."""
+
+
 class TargetProfile(Data):
-    """One deployment target, as its TOML states it. `tools` are Python modules that lowering and running need."""
+    """One deployment target, as its TOML states it. `tools` are Python modules that lowering and running need.
+
+    `verified`: its programs run here, in the vendor's runtime, simulator or reference model. `compiles`: the vendor's
+    compiler takes them and nothing here runs them. `untested`: written from the vendor's documentation.
+    """
 
     name: str
     description: str
     status: Literal["verified", "compiles", "untested"]
     runtime: Literal["executorch", "onnxruntime"]
-    backend: str
+    backend: BackendName
     default_recipe: str
     shapes: Shapes
     kernels: tuple[Kernel, ...]

@@ -37,6 +37,8 @@ NEEDED = ("rung integer", "rung runtime", "reference", "layers", "perplexity", "
 """Checks without which there is no `pass`: a skipped one fails the verdict. The others may be skipped (a bundle is
 validated without its source model), and the report says so."""
 
+COMPILED = ("rung integer", "reference", "integers")
+"""The same for a target whose programs nothing here runs: the verdict is `compiled`, never `pass`."""
 
 FLOAT_TOLERANCE = 1e-5
 """Largest difference of a runtime float operator from torch's, over the largest value of the row."""
@@ -70,13 +72,15 @@ class Runtime:
 
     `float_parts` gives the runtime's own float operators, run alone: with them the integer reference can be compared
     bit for bit; without them (None) torch computes between the linears, and float32 noise flips a code now and then.
-    `more` are checks that only this runtime needs, on tokens int64 [T].
+    `more` are checks that only this runtime needs, on tokens int64 [T]. A target that nothing here runs has neither
+    session nor, perhaps, probe (None): `absent` says why.
     """
 
-    open_session: Callable[[], Session]
-    probe: Probe
+    open_session: Callable[[], Session] | None
+    probe: Probe | None
     float_parts: Callable[[Session], FloatParts] | None = None
     more: Callable[[Tensor], list[Check]] | None = None
+    absent: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +104,8 @@ def validate(
     checks += [_rung_check(name, figure) for name, figure in figures.items()]
     if parts:
         checks.append(_parts_check(parts))
+    if subject.coverage.lowered:
+        checks.append(_integers_check(subject))
     fold = _fold(subject, effort, progress)
     checks.append(_fold_check(fold, subject))
     layers, layer_check = _layers(subject, runtime, effort, progress)
@@ -112,7 +118,7 @@ def validate(
     agreement = _agreements(measurement)
     ordered = tuple(sorted(checks, key=_order))
     return ValidationReport(
-        verdict=verdict(ordered),
+        verdict=verdict(ordered, subject.target),
         model=subject.model,
         recipe=subject.recipe,
         target=subject.target.name,
@@ -141,11 +147,16 @@ def validate(
     )
 
 
-def verdict(checks: tuple[Check, ...]) -> Literal["pass", "fail"]:
-    """`pass` when nothing failed and everything in NEEDED passed; else `fail`."""
+def verdict(checks: tuple[Check, ...], target: TargetProfile | None = None) -> Literal["pass", "compiled", "fail"]:
+    """`pass` when nothing failed and everything in NEEDED passed; else `fail`, or `compiled` where the target says that
+    nothing here runs its programs and everything in COMPILED passed."""
     passed = {check.name for check in checks if check.status == "passed"}
-    failed = any(check.status == "failed" for check in checks)
-    return "pass" if not failed and passed.issuperset(NEEDED) else "fail"
+    if any(check.status == "failed" for check in checks):
+        return "fail"
+    if passed.issuperset(NEEDED):
+        return "pass"
+    runs = target is None or target.status == "verified"
+    return "compiled" if not runs and passed.issuperset(COMPILED) else "fail"
 
 
 def protocol_of(windows: Windows) -> spec.Protocol:
@@ -175,6 +186,9 @@ def _rungs(
     rungs["fake_quant"] = fake_quant_rung(subject.checkpoint)
     checkpoint, target = subject.checkpoint, subject.target
     rungs["integer"] = integer_rung(checkpoint, target)
+    if runtime.open_session is None:
+        checks.append(_skipped("rung runtime", runtime.absent))
+        return rungs, None
     try:
         session = runtime.open_session()
     except MissingToolError as error:
@@ -211,6 +225,13 @@ def _reference_check(target: TargetProfile, fake_quant: float, integer: float) -
     )
 
 
+def _integers_check(subject: Subject) -> Check:
+    """Coverage is read back from the file, and reading refuses other integers than the checkpoint's."""
+    found, expected = len(subject.coverage.lowered), len(subject.checkpoint.records)
+    detail = f"{found} of {expected} linears read back from the file: codes, scales and biases are the checkpoint's"
+    return _check("integers", found == expected, detail)
+
+
 def _fold(subject: Subject, effort: Effort, progress: Progress) -> FoldCheck | None:
     if subject.original is None or subject.folded is None:
         return None
@@ -230,6 +251,8 @@ def _layers(
 ) -> tuple[list[spec.LayerReport], Check]:
     """Reports of all linears; without the runtime, none and a skipped check."""
     ids_T = subject.windows.ids_NT[0, : effort.layer_tokens]
+    if runtime.probe is None:
+        return [], _skipped("layers", runtime.absent)
     try:
         layers = check_layers(subject.checkpoint, subject.target, ids_T, runtime.probe, subject.folded, progress)
     except MissingToolError as error:
@@ -310,6 +333,7 @@ def _order(check: Check) -> int:
     """Rungs in the order of the ladder, then the rest as they come."""
     names = [f"rung {rung}" for rung in spec.RUNGS] + [
         "fold",
+        "integers",
         "reference",
         "layers",
         "kernels",

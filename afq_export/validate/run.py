@@ -29,7 +29,7 @@ def validate_bundle(
     progress: Progress,
 ) -> ValidationReport:
     """The ladder on the exported file of `bundle`, on the job's evaluation windows."""
-    runtime = backend(bundle.runtime)
+    runtime = backend(bundle.backend)
     parameters = sum(math.prod(shape) for shape in expected_shapes(job.model.config).values())
     subject = Subject(
         checkpoint=checkpoint,

@@ -150,7 +150,7 @@ PLANTS: dict[str, tuple[Plant, int]] = {
 
 def stored_scales(bundle: Bundle) -> tuple[bytes, int]:
     """The bytes of a layer's weight scales as they stand in the file, and how many each takes."""
-    if bundle.runtime == "executorch":
+    if bundle.backend == "xnnpack":
         from afq_export.lower.executorch.readback import read_linears
         from afq_export.lower.executorch.weights import bfloat16_bits
 
@@ -163,7 +163,7 @@ def stored_scales(bundle: Bundle) -> tuple[bytes, int]:
 
 def stored_codes(bundle: Bundle) -> list[bytes]:
     """The bytes of every layer's integers as they stand in the file."""
-    if bundle.runtime == "executorch":
+    if bundle.backend == "xnnpack":
         from afq_export.lower.executorch.readback import read_linears
 
         return [linear.packed for linear in read_linears(bundle.model.read_bytes())]

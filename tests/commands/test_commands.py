@@ -65,7 +65,7 @@ def test_a_failed_verdict_is_exit_code_1(asked, finished: Path, tmp_path: Path, 
     from afq_export.validate import ladder
 
     run = Path(shutil.copytree(finished, tmp_path / "copy"))
-    monkeypatch.setattr(ladder, "verdict", lambda checks: "fail")
+    monkeypatch.setattr(ladder, "verdict", lambda checks, target: "fail")
     assert call(["validate", str(run), "--windows", "1"]) == 1
 
 

@@ -131,13 +131,13 @@ def test_a_changed_file_and_a_truncated_baseline(refused: Refused, finished: Pat
 
 
 def test_without_the_runtime(refused: Refused, finished: Path, base: Path, texts, monkeypatch: pytest.MonkeyPatch):
-    from afq_export.backends import executorch
+    from afq_export.backends import xnnpack
     from afq_export.errors import MissingToolError
 
     def missing(bundle):
         raise MissingToolError("a runtime is missing", where="executorch")
 
-    monkeypatch.setattr(executorch, "open_session", missing)
+    monkeypatch.setattr(xnnpack, "open_session", missing)
     assert refused(*check(finished, base, texts[1]), code=3).startswith("a runtime is missing")
 
 

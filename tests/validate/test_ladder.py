@@ -106,6 +106,25 @@ def test_a_missing_runtime_is_skipped_and_fails_the_verdict(checkpoint):
     assert "no executorch" in next(c.detail for c in report.checks if c.name == "rung runtime")
 
 
+def test_a_target_that_nothing_here_runs_is_compiled_never_pass(checkpoint):
+    absent = Runtime(None, None, absent="there is no such device")
+    lowered = tuple(spec.Lowered(name, record.kernel) for name, record in checkpoint.records.items())
+    compiles = xnnpack_target(status="compiles")
+
+    def verdict_for(target, found):
+        return validate(subject_of(checkpoint, target=target, coverage=spec.Coverage(found)), absent)
+
+    report = verdict_for(compiles, lowered)
+    assert report.verdict == "compiled" and report.perplexity.runtime is None and report.layers == ()
+    assert {c.name: c.detail for c in report.checks if c.status == "skipped"}[
+        "rung runtime"
+    ] == "there is no such device"
+    assert statuses(report)["integers"] == "passed"
+    assert verdict_for(compiles, lowered[1:]).verdict == "fail"  # a linear is not in the file
+    assert verdict_for(compiles, ()).verdict == "fail"  # nothing was read back
+    assert verdict_for(xnnpack_target(), lowered).verdict == "fail"  # what must run was not run
+
+
 def test_a_missing_source_is_skipped_and_said(checkpoint):
     runtime = Runtime(lambda: IntegerSession(checkpoint, dtype=torch.float32), model_probe)
     report = validate(subject_of(checkpoint, original=None, folded=None, source_missing="offline"), runtime)

@@ -17,6 +17,7 @@ from afq_export.spec.recipe import Embedding
 from afq_export.spec.report import Coverage
 from afq_export.spec.target import TargetProfile
 
+PROGRAM = "model.pte"
 PROGRAM_BYTES = 8_000
 """Graph, operators and metadata of a program with no block, and ..."""
 BLOCK_BYTES = 12_000
@@ -55,7 +56,7 @@ def write(
     from afq_export.lower.executorch.program import lower_program
     from afq_export.runtime.executorch import ExecutorchSession
 
-    model = folder / "model.pte"
+    model = folder / PROGRAM
     program = lower_program(checkpoint, target, progress)
     model.write_bytes(program.pte)
     logits = ExecutorchSession(model).logits(vector)
