@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from afq_export.backends import backend
 from afq_export.calibrate.result import Calibration
 from afq_export.device.names import DeviceRequest
 from afq_export.errors import InputError
@@ -14,14 +13,10 @@ from afq_export.machine import settle
 from afq_export.pipeline import run_validate
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import open_checkpoint
-from afq_export.runfolder import RunFolder, refuse_difference
+from afq_export.runfolder import RunFolder, held, refuse_difference
 from afq_export.spec.report import ValidationReport
 from afq_export.spec.request import recorded_request
-from afq_export.validate.device_linears import record_linears
-from afq_export.validate.devices import check_devices, few_windows, open_devices
-
-LINEAR_TOKENS = 64
-"""Tokens on which linears alone are compared on devices."""
+from afq_export.validate.devices import check_bundle, few_windows, open_devices
 
 
 def revalidate(
@@ -48,13 +43,11 @@ def revalidate(
     def with_devices(report: ValidationReport) -> ValidationReport:
         if not on:
             return report
-        session = backend(bundle.backend).open_session(bundle)
-        probe = backend(bundle.backend).runtime(bundle, job.target, checkpoint).probe
-        programs = record_linears(checkpoint, job.target, few_NT[0, :LINEAR_TOKENS], probe, progress)
-        found = check_devices(devices, bundle.model, job.target, session, few_NT, programs, progress)
+        found = check_bundle(bundle, job.target, checkpoint, on, devices, few_NT, progress)
         return found.added_to(report)
 
-    return run_validate(job, folder, checkpoint, calibration, bundle, progress, with_devices)
+    with held(folder.path):
+        return run_validate(job, folder, checkpoint, calibration, bundle, progress, with_devices)
 
 
 def _refuse_other_inputs(recorded: dict[str, str], job: Job, folder: RunFolder) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from afq_export.commands.device import Runner
 from afq_export.commands.options import Json, Threads
 from afq_export.terminal import emit, note, progress
 
@@ -46,6 +47,10 @@ def command(
     ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="XML", help="Write a JUnit report, also when refused.")] = None,
     github: Annotated[bool, typer.Option("--github", help="GitHub annotations (in a workflow: always).")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Measure there: host, arm64:CPU, ssh:USER@HOST or adb:SERIAL.")
+    ] = None,
+    runner: Runner = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -53,10 +58,11 @@ def command(
 
     A drift passes when a rise to the limit is excluded, and fails when one beyond it is certain; between them the
     answer is "not enough tokens", which is no pass. SHARE is 0.5% or 0.005; inf switches a gate off.
-    Exit codes: 0 all gates passed, 1 one did not, 2 not comparable, 3 the runtime is missing.
+    Exit codes: 0 all gates passed, 1 one did not, 2 not comparable, 3 the runtime or the device is missing.
     """
     import os
 
+    from afq_export.device.names import DeviceRequest, parse_device
     from afq_export.errors import AfqError
     from afq_export.files import write_text
     from afq_export.guard import github as annotate
@@ -76,10 +82,11 @@ def command(
     }  # fmt: skip
     try:
         asked = read_limits(limits, {name: value for name, value in given.items() if value is not None})
+        on = DeviceRequest((parse_device(device),), runner=runner, threads=threads or 1) if device else None
         count = threads or default_threads()
         settle(count)
         with progress() as tick:
-            report = check(bundle, baseline, eval, asked, count, tick)
+            report = check(bundle, baseline, eval, asked, count, tick, on)
     except AfqError as error:
         if junit:
             write_text(junit, junit_error(error))

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from afq_export.commands.device import Runner
 from afq_export.commands.options import Count, Eval, Json, Threads, Window, window_count
 from afq_export.terminal import emit, progress
 
@@ -17,18 +18,23 @@ def command(
     window: Window = None,
     windows: Count = None,
     threads: Threads = None,
-    on: Annotated[
+    device: Annotated[
         list[str] | None,
-        typer.Option(metavar="KIND:NAME,...", help="Run the file on devices too, e.g. arm64:cortex-a55,cortex-a76."),
+        typer.Option("--device", "--on", metavar="NAME", help="Run the file there, too: as `device check` has it."),
     ] = None,
-    on_windows: Annotated[int, typer.Option(min=1, metavar="N", help="Evaluation windows on devices.")] = 2,
-    on_window: Annotated[int, typer.Option(min=10, metavar="TOKENS", help="Tokens of a window on devices.")] = 128,
+    device_windows: Annotated[
+        int, typer.Option("--device-windows", "--on-windows", min=1, metavar="N", help="Windows on devices.")
+    ] = 2,
+    device_window: Annotated[
+        int, typer.Option("--device-window", "--on-window", min=10, metavar="TOKENS", help="Tokens of them.")
+    ] = 128,
+    runner: Runner = None,
     as_json: Json = False,
 ) -> None:
     """Climb the ladder again on a bundle as it is now: float, folded, fake-quant, integer, the file in its runtime.
 
-    Model, recipe and texts are those that the run folder names. Writes the bundle's reports anew. With --on, the file
-    runs on emulated ARM processors as well (`doctor --install arm64` sets them up). Exit code 1 when a check failed.
+    Model, recipe and texts are those that the run folder names. Writes the bundle's reports anew. With --device, the
+    file runs there as well (`device list` says what there is). Exit code 1 when a check failed.
     """
     from afq_export.device.names import DeviceRequest, parse_devices
     from afq_export.paths import run_folder
@@ -37,7 +43,7 @@ def command(
 
     count = window_count(windows)
     folder = run_folder(Path(bundle))
-    asked = DeviceRequest(parse_devices(on), on_windows, on_window) if on else None
+    asked = DeviceRequest(parse_devices(device), device_windows, device_window, runner) if device else None
     with progress() as tick:
         report = revalidate(folder, tick, asked, eval=eval, window=window, eval_windows=count, threads=threads)
     emit(summary(report, folder.bundle), report, as_json)

@@ -1,5 +1,10 @@
-"""Devices that run an exported file: for now 64-bit ARM processors, emulated.
+"""Devices that run an exported file, and the one session that serves them all.
 
-A device needs few things: to be set up, to run a program on files that both sides see, and to say what it is. The
-session of a device (`arm64/session.py`) is made of those; one comparison (`validate/devices.py`) serves any session.
+transport         what a device offers: facts, folder, push, run, pull
+host, ssh, adb    devices with a shell (remote.py), and arm64/: emulated ARM cores
+names, open       a device by its name
+runners/          what runs there: C++ for .pte and .onnx, Python for .onnx
+build, kit        a runner for a device, compiled once and kept in the cache
+program, session  an exported file there: logits, losses, linears, kernels
+bench, listing    how fast it is; what there is and what is missing
 """

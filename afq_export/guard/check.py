@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from afq_export.device.names import DeviceRequest
 from afq_export.guard import gates
 from afq_export.guard.baseline import first_losses, mean_divergence, stored_tokens
 from afq_export.guard.compare import agreement, first_other, paired, worst_places
 from afq_export.guard.facts import differences
 from afq_export.guard.file import read_baseline
+from afq_export.guard.on_device import measure_on
 from afq_export.guard.subject import measure, open_subject, protocol, windows_of
 from afq_export.load.corpus import Windows
 from afq_export.perplexity import refuse_other_protocol
@@ -24,17 +26,25 @@ BEFORE = 8
 """Tokens of text before a departure."""
 
 
-def check(bundle: str, path: Path, text: str | None, limits: Limits, threads: int, progress: Progress) -> CheckReport:
+def check(
+    bundle: str, path: Path, text: str | None, limits: Limits, threads: int, progress: Progress,
+    on: DeviceRequest | None = None,
+) -> CheckReport:  # fmt: skip
     """The whole comparison. Raises InputError when the two are not of the same protocol, and for broken input.
 
-    `text` names the evaluation text where it is not a shipped one.
+    `text` names the evaluation text where it is not a shipped one. `on`: the one device to measure on, in place of this
+    machine.
     """
     baseline = read_baseline(path)
     before, first = stored_tokens(baseline, str(path)), first_losses(baseline, str(path))
     subject = open_subject(bundle)
     windows = windows_of(subject, baseline.protocol, text)
     refuse_other_protocol(baseline.protocol, protocol(windows))
-    measured = measure(subject, windows, threads, progress, before, limits.slowdown is not None)
+    timed = limits.slowdown is not None
+    if on:
+        measured = measure_on(subject, windows, on, progress, before, timed)
+    else:
+        measured = measure(subject, windows, threads, progress, before, timed)
     now = measured.tokens
     same = now.digest == before.digest
     found = gates.Comparison(
@@ -68,6 +78,7 @@ def check(bundle: str, path: Path, text: str | None, limits: Limits, threads: in
         differences=differences(baseline.facts, measured.facts),
         worst=_departures(now.nll, before.nll, windows, subject.tokenizer),
         facts=measured.facts,
+        device=str(on.devices[0]) if on else "",
     )
 
 

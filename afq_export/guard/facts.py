@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterator
 
@@ -12,6 +11,7 @@ from afq_export.backends.onnxruntime import SESSION_FILE
 from afq_export.job import versions
 from afq_export.lower.bundle import REPORTS, Bundle
 from afq_export.machine import cpu_flags, cpu_name
+from afq_export.runtime.onnxruntime import read_options_file
 from afq_export.spec.baseline import Facts, Machine, Speed
 from afq_export.spec.guard import Difference
 from afq_export.spec.report import Artifact, Perplexity
@@ -20,8 +20,13 @@ VECTORS = ("test_data_set_", "model.")
 """Files of a bundle that another program brings along: not worth a line each."""
 
 
-def facts_of(bundle: Bundle, perplexity: Perplexity, threads: int, speed: Speed | None) -> Facts:
-    """Facts of a bundle that was just measured."""
+def this_machine(threads: int) -> Machine:
+    """Where this process runs."""
+    return Machine(platform.machine(), cpu_name(), cpu_flags(), threads)
+
+
+def facts_of(bundle: Bundle, perplexity: Perplexity, machine: Machine, speed: Speed | None, runtime: str = "") -> Facts:
+    """Facts of a bundle that was just measured on `machine`; `runtime`: its version, where it is not this machine's."""
     manifest = bundle.manifest
     return Facts(
         model=manifest.model,
@@ -31,8 +36,8 @@ def facts_of(bundle: Bundle, perplexity: Perplexity, threads: int, speed: Speed 
         artifact=Artifact(bundle.model_bytes, manifest.files[bundle.model.name], bundle.model.name),
         files={name: digest for name, digest in manifest.files.items() if name not in REPORTS},
         settings=_settings(bundle),
-        versions=versions(),
-        machine=Machine(platform.machine(), cpu_name(), cpu_flags(), threads),
+        versions=versions() | ({bundle.runtime: runtime} if runtime else {}),
+        machine=machine,
         perplexity=perplexity,
         speed=speed,
     )
@@ -95,9 +100,9 @@ def _settings(bundle: Bundle) -> dict[str, str]:
     """The bundle's session options, flat; empty where the runtime takes none from it."""
     if SESSION_FILE not in bundle.manifest.files:
         return {}
-    data = json.loads((bundle.folder / SESSION_FILE).read_text(encoding="utf-8"))
-    entries = data.pop("config", {})
-    return {key: _words(value) for key, value in {**data, **entries}.items()}
+    file = msgspec.to_builtins(read_options_file(bundle.folder / SESSION_FILE))
+    entries = file.pop("config")
+    return {key: _words(value) for key, value in {**file, **entries}.items()}
 
 
 def _words(value: object) -> str:

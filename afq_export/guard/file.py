@@ -47,7 +47,7 @@ def read_baseline(path: Path) -> Baseline:
     _refuse_other_version(content, where)
     try:
         return msgspec.msgpack.decode(content, type=Baseline)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError("the baseline does not fit", where=where, why=str(error)) from error
 
 
@@ -77,7 +77,7 @@ def _refuse_other_version(content: bytes, where: str) -> None:
 
     try:
         version = msgspec.msgpack.decode(content, type=Head).schema_version
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError("the baseline does not fit", where=where, why=str(error)) from error
     if version != SCHEMA_VERSION:
         raise InputError(

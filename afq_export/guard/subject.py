@@ -10,7 +10,7 @@ import numpy as np
 
 from afq_export.backends import backend
 from afq_export.errors import InputError
-from afq_export.guard.facts import facts_of
+from afq_export.guard.facts import facts_of, this_machine
 from afq_export.guard.record import record
 from afq_export.guard.speed import measure_speed
 from afq_export.guard.tokens import Tokens
@@ -87,11 +87,16 @@ def measure(
     subject: Subject, windows: Windows, threads: int, progress: Progress, reference: Tokens | None, speed: bool
 ) -> Measured:
     """Every window through the runtime, and the speed when asked for. Refuses nothing."""
-    if reference is not None and reference.nll.shape != (len(windows.ids_NT), windows.length - 1):
-        raise InputError("the baseline is damaged", why="its tokens are not those of its protocol")
+    refuse_other_shape(reference, windows)
     stats, tokens, there = record(subject.session, windows.ids_NT, progress, reference)
     measured = measure_speed(subject.session, windows.ids_NT[0]) if speed else None
-    return Measured(facts_of(subject.bundle, stats.perplexity, threads, measured), tokens, there)
+    return Measured(facts_of(subject.bundle, stats.perplexity, this_machine(threads), measured), tokens, there)
+
+
+def refuse_other_shape(reference: Tokens | None, windows: Windows) -> None:
+    """Raises InputError when a baseline's tokens are not those of its windows."""
+    if reference is not None and reference.nll.shape != (len(windows.ids_NT), windows.length - 1):
+        raise InputError("the baseline is damaged", why="its tokens are not those of its protocol")
 
 
 def protocol(windows: Windows) -> Protocol:

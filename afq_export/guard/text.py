@@ -116,7 +116,7 @@ def _lines(report: CheckReport) -> dict[str, str]:
         "text": f"{p.corpus} (sha256 {p.digest[:12]}), {windows}",
         "baseline": report.baseline,
         "bundle": report.bundle,
-    }
+    } | ({"device": f"{report.device}, {report.facts.machine.cpu}"} if report.device else {})
 
 
 def _drift(drift: Drift) -> str:

@@ -91,3 +91,5 @@ class CheckReport(Data, kw_only=True):
     differences: tuple[Difference, ...]
     worst: tuple[Departure, ...]
     facts: Facts
+    device: str = ""
+    """Where it was measured, empty for this machine."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from afq_export.device.session import LinearProgram
 from afq_export.progress import Progress, silent
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.spec.report import Check
@@ -20,19 +21,6 @@ Probe = Callable[..., dict[str, np.ndarray]]
 ROUNDING = 1e-6
 """What another instruction set may change at most, over the largest |output|, where a kernel ends in float32: the order
 of additions, and whether they are fused with multiplications. A single wrong code is a thousand times more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearProgram:
-    """A program of linears: `inputs` float32 [T, I] by name, in its order; `outputs` float32 [T, O] on this machine.
-
-    `bounds`: the error that each linear's kernel is allowed, over the largest |output|.
-    """
-
-    program: bytes
-    inputs: Mapping[str, np.ndarray]
-    outputs: Mapping[str, np.ndarray]
-    bounds: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)

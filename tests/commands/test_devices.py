@@ -32,24 +32,41 @@ def test_a_device_that_is_not_set_up_stops_before_the_ladder(refused: Refused, f
     [
         ("arm64:cortex-a77", "unknown processor [arm64:cortex-a77]; known: cortex-a35,"),
         ("arm64:max", "no processor to judge on [arm64:max]: it has SME"),
-        ("adb:emulator", "unknown kind of device [adb:emulator]; known: arm64"),
-        ("cortex-a76", "cannot read --on [cortex-a76]"),
+        ("riscv:u74", "unknown kind of device [riscv:u74]; known: host, arm64:CPU, ssh:USER@HOST, adb:SERIAL"),
+        ("cortex-a76", "not a device [cortex-a76]; known: host,"),
     ],
 )
 def test_a_device_that_is_not_known(refused: Refused, finished: Path, text: str, said: str) -> None:
-    assert refused("validate", str(finished), "--on", text).startswith(said)
+    assert refused("validate", str(finished), "--device", text).startswith(said)
+    assert refused("device", "check", str(finished), "--device", text).startswith(said)
+    assert refused("device", "bench", str(finished), "--device", text).startswith(said)
+    assert refused("check", str(finished), "--baseline", "none", "--device", text).startswith(said)
 
 
 def test_doctor_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["doctor", "--json"]) in (0, 3)
-    (device,) = json.loads(capsys.readouterr().out)["devices"]
-    assert device == {
+    devices = {device["kind"]: device for device in json.loads(capsys.readouterr().out)["devices"]}
+    assert list(devices) == ["host", "arm64", "ssh", "adb"]
+    assert devices["arm64"] == {
         "kind": "arm64",
-        "found": "the arm64 emulation is not installed",
-        "install": "afq-export doctor --install arm64",
+        "form": "arm64:CPU",
+        "found": "-",
+        "missing": ["the arm64 emulation is not installed"],
+        "do": "afq-export doctor --install arm64",
     }
     assert call(["doctor"]) in (0, 3)
     assert "afq-export doctor --install arm64" in capsys.readouterr().out
+
+
+def test_the_list_needs_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert call(["device", "list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    kinds = {kind["kind"]: kind for kind in found["kinds"]}
+    assert kinds["ssh"]["missing"] == ["ssh"] and kinds["adb"]["do"] == "install the Debian package adb"
+    assert [device["name"] for device in found["attached"]] == ["host"]
+    assert call(["device", "list"]) == 0
+    assert "ssh:USER@HOST" in capsys.readouterr().out
 
 
 def test_install_without_package_sources(

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from afq_export.device.arm64.elf import MAGIC, without_initializers
+from afq_export.device.elf import MAGIC, without_initializers
 from afq_export.errors import MissingToolError
 
 ADDRESS = 0x10000

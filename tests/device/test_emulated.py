@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
-from afq_export.device.arm64.emulator import Emulator
+from afq_export.device.arm64.device import Arm64Device, open_arm64
 from afq_export.device.arm64.environment import SET_UP, Environment, open_environment
 from afq_export.device.arm64.processors import PROCESSORS
-from afq_export.device.arm64.session import Arm64Session, Limits
+from afq_export.device.build import AARCH64
+from afq_export.device.kit import kit_for
+from afq_export.device.program import Program
+from afq_export.device.session import Limits, LinearProgram, open_session
 from afq_export.errors import MissingToolError, VerdictError
 from afq_export.lower.executorch.probe import run_linears
 from afq_export.lower.executorch.program import lower_program
 from afq_export.lower.onnx.probe import run_linears as run_onnx_linears
 from afq_export.progress import silent
 from afq_export.runtime.executorch import ExecutorchSession
-from afq_export.runtime.onnxruntime import write_options
-from afq_export.validate.device_linears import LinearProgram, compare_linears, record_linears
+from afq_export.runtime.onnxruntime import RunOptions
+from afq_export.validate.device_linears import compare_linears, record_linears
 from tests.checkpoints import KERNELS, random_checkpoint, random_linear, random_windows, small_config
 from tests.device.decoders import VOCAB, expected, save_decoder
 from tests.lower.onnx.decoders import decoder_config, lowered, random_ids, small_target
@@ -41,6 +46,10 @@ pytestmark = [
 ]
 
 
+def executorch(folder: Path) -> Program:
+    return Program("executorch", (folder / "model.pte",))
+
+
 @pytest.fixture(scope="module")
 def environment() -> Environment:
     return open_environment()
@@ -59,8 +68,9 @@ def test_linears_of_xnnpack_compute_the_same_integers(environment: Environment, 
     kept: list[bytes] = []
     outputs = run_linears(linears, inputs, kept.append)
     program = LinearProgram(kept[0], inputs, outputs, dict.fromkeys(inputs, 0.0))
-    session = Arm64Session(Emulator(environment, cpu), tmp_path / "model.pte", Limits(1, 1, 1))
-    (there,) = session.linears([program])
+    (tmp_path / "model.pte").write_bytes(kept[0])
+    with open_session(Arm64Device(environment, cpu), executorch(tmp_path), Limits(1, 1, 1)) as session:
+        (there,) = session.linears([program])
     assert compare_linears([program], [there]).beyond == {}
     static = [linear.spec.name for linear in linears if linear.record.output is not None]
     assert static and all(np.array_equal(outputs[name], there[name]) for name in static)
@@ -72,27 +82,44 @@ def test_a_program_runs_and_says_which_kernels_ran(environment: Environment, tmp
     model = tmp_path / "model.pte"
     model.write_bytes(lower_program(checkpoint, TARGET, silent).pte)
     here = ExecutorchSession(model)
-    there = Arm64Session(Emulator(environment, cpu), model, Limits(here.vocab, here.context, here.prefill))
+    limits = Limits(here.vocab, here.context, here.prefill)
     ids_NT = random_windows(checkpoint.config).ids_NT
     want = torch.stack([here.logits(ids_T) for ids_T in ids_NT])
-    found = there.run(ids_NT).logits
-    assert float((found - want).abs().max() / want.abs().max()) < 0.05  # random weights flip codes
-    assert torch.equal(found, there.run(ids_NT).logits)
-    assert there.kernels(ids_NT[0, :9]).family == FAMILIES[cpu]
+    with open_session(Arm64Device(environment, cpu), executorch(tmp_path), limits) as there:
+        found = there.run(ids_NT).logits
+        assert float((found - want).abs().max() / want.abs().max()) < 0.05  # random weights flip codes
+        assert torch.equal(found, there.run(ids_NT).logits)
+        assert there.kernels(ids_NT[0, :9]).family == FAMILIES[cpu]
 
 
 def test_onnx_runtime_computes_what_is_expected(environment: Environment, tmp_path: Path) -> None:
     save_decoder(tmp_path / "model.onnx")
     ids_NT = np.random.default_rng(3).integers(0, VOCAB, (2, 9))
-    session = Arm64Session(Emulator(environment, "cortex-a53"), tmp_path / "model.onnx", Limits(VOCAB, 64, 4))
-    found = session.run(torch.from_numpy(ids_NT)).logits.numpy()
-    assert np.array_equal(found, np.stack([expected(ids_T) for ids_T in ids_NT]))
+    program = Program("onnxruntime", (tmp_path / "model.onnx",), RunOptions({}))
+    device = open_arm64("cortex-a53")
+    facts = msgspec.structs.replace(device.facts(), python="")
+    files = kit_for("onnxruntime", facts).files  # for a device without Python
+    for path, name in files:
+        shutil.copy(path, tmp_path / name)
+    for runner in (None, tmp_path / "onnx_runner"):
+        with open_session(device, program, Limits(VOCAB, 64, 4), runner=runner) as session:
+            found = session.run(torch.from_numpy(ids_NT), prompt=6).logits.numpy()
+        assert np.array_equal(found, np.stack([expected(ids_T) for ids_T in ids_NT]))
+
+
+def test_what_a_processor_says_of_itself(environment: Environment) -> None:
+    facts = Arm64Device(environment, "cortex-a53").facts()
+    assert (facts.abi, facts.os, facts.kind, facts.emulated) == (AARCH64, "linux", "arm64", True)
+    assert "asimd" in facts.cpu_features and "asimddp" not in facts.cpu_features
+    assert "asimddp" in Arm64Device(environment, "cortex-a76").facts().cpu_features
 
 
 def test_a_broken_program_does_not_run(environment: Environment, tmp_path: Path) -> None:
     (tmp_path / "model.pte").write_bytes(b"no program")
-    session = Arm64Session(Emulator(environment, "cortex-a76"), tmp_path / "model.pte", Limits(8, 8, 8))
-    with pytest.raises(VerdictError, match=r"the exported file does not run \[arm64:cortex-a76\]"):
+    with (
+        open_session(Arm64Device(environment, "cortex-a76"), executorch(tmp_path), Limits(8, 8, 8)) as session,
+        pytest.raises(VerdictError, match=r"the exported file does not run \[arm64:cortex-a76\]"),
+    ):
         session.run(torch.zeros(1, 4, dtype=torch.long))
 
 
@@ -112,14 +139,14 @@ def test_linears_of_onnx_runtime(
     """8-bit weights: equal. MatMulNBits at level 4: within its bound with dot product and written zero points, which
     the x86 target leaves out; a float kernel without dot product."""
     case = lowered(tmp_path, decoder_config(), scheme, small_target(target))
-    write_options(tmp_path / "session_options.json", case.options)
 
     def probe(linears, inputs, **keep):
         return run_onnx_linears(linears, inputs, case.target, case.options, **keep)
 
     programs = record_linears(case.checkpoint, case.target, random_ids(case.config.vocab, 33), probe, silent)
-    there = Arm64Session(Emulator(environment, cpu), case.path, Limits(case.config.vocab, 64, 64)).linears(programs)
-    found = compare_linears(programs, there)
+    model = Program("onnxruntime", (case.path,), case.options)
+    with open_session(Arm64Device(environment, cpu), model, Limits(case.config.vocab, 64, 64)) as session:
+        found = compare_linears(programs, session.linears(programs))
     assert bool(found.beyond) is beyond
     if scheme != "w4a8-g32":
         assert found.exact == found.count

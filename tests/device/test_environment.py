@@ -19,7 +19,7 @@ from afq_export.errors import InputError, MissingToolError
 def root(tmp_path: Path) -> Path:
     """A folder that looks installed."""
     root = tmp_path / "arm64"
-    for name in ("qemu/qemu-aarch64", "system/usr/bin/python3.11", "site/executorch/bin/pte_runner"):
+    for name in ("qemu/qemu-aarch64", "system/usr/bin/python3.11", "site/executorch/lib/libexecutorch.so"):
         (root / name).parent.mkdir(parents=True)
         (root / name).write_text(name)
     (root / "system" / "bin").symlink_to("usr/bin")
@@ -46,7 +46,7 @@ def record(root: Path, **changes: object) -> None:
 
 def test_a_whole_environment_opens(root: Path) -> None:
     environment = open_environment(root)
-    assert environment.python.is_file() and environment.emulator.is_file() and environment.pte_runner.is_file()
+    assert environment.python.is_file() and environment.emulator.is_file() and environment.headers == root / "headers"
     assert environment.installed.links == {"system/bin": "usr/bin"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from types import SimpleNamespace
@@ -11,14 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from afq_export.device.arm64.session import Kernels, Ran
+from afq_export.device.names import DeviceRequest
+from afq_export.device.program import Program
+from afq_export.device.session import Kernels, LinearProgram, Ran
 from afq_export.errors import InputError, VerdictError
 from afq_export.report.markdown import report_markdown
 from afq_export.report.tables import devices_table
+from afq_export.runtime.onnxruntime import RunOptions
 from afq_export.spec.report import Check, Perplexity, read_report, to_json
 from afq_export.validate import devices
-from afq_export.validate.device_linears import LinearProgram, compare_linears, linears_check, record_linears
-from afq_export.validate.devices import arithmetic_note, chance_of, check_devices, compare, few_windows, judge
+from afq_export.validate.device_linears import compare_linears, linears_check, record_linears
+from afq_export.validate.device_logits import Comparison, chance_of, compare, judge, recut, refuse_other_losses
+from afq_export.validate.devices import arithmetic_note, check_devices, few_windows
 from afq_export.validate.ladder import NEEDED
 from tests.checkpoints import random_checkpoint, random_windows, small_config, xnnpack_target
 from tests.report.sample import sample
@@ -27,7 +32,7 @@ from tests.validate.test_layers import model_probe
 TARGET = xnnpack_target(perplexity_budget=0.01, agreement_floor=0.99)
 N, T, V = 3, 65, 11
 FIGURE = Perplexity(value=20.0, stderr=0.5, tokens=254)
-SAME = devices.Comparison(1.0, 0.0, 1.0, FIGURE, FIGURE, 0.0)
+SAME = Comparison(1.0, 0.0, 1.0, FIGURE, FIGURE, 0.0)
 """A machine that is bit for bit equal to itself however it is called."""
 
 
@@ -102,10 +107,10 @@ def test_chance_is_the_binomial_one() -> None:
     assert chance_of(5, 5, 1.0) == 1.0
 
 
-def measured(other: int = 0, excess: float = 0.0, stderr: float = 0.0) -> devices.Comparison:
+def measured(other: int = 0, excess: float = 0.0, stderr: float = 0.0) -> Comparison:
     """254 tokens, `other` of them chosen otherwise, and a perplexity that is `excess` higher."""
     there = msgspec.structs.replace(FIGURE, value=FIGURE.value * (1 + excess))
-    return devices.Comparison(0.0, 1e-3, 1 - other / 254, FIGURE, there, stderr)
+    return Comparison(0.0, 1e-3, 1 - other / 254, FIGURE, there, stderr)
 
 
 def test_few_tokens_do_not_break_a_floor_by_chance() -> None:
@@ -155,7 +160,7 @@ def test_windows_are_cut_anew_without_a_gap() -> None:
 
     session = SimpleNamespace(logits=lambda ids: extend(ids, 0), extend=extend)
     ids = torch.arange(17)
-    assert torch.equal(devices.recut(session, ids), ids[:, None] * 2.0)
+    assert torch.equal(recut(session, ids), ids[:, None] * 2.0)
     assert calls == [(0, 7), (7, 7), (14, 3)]
 
 
@@ -238,12 +243,26 @@ def test_recorded_linears_are_all_and_in_the_order_of_their_program(tmp_path) ->
 )
 def test_known_differences_are_named(operators, family, level, said) -> None:
     kernels = Kernels(family, {}, operators)
-    config = {} if level is None else {devices.ACCURACY_LEVEL: level}
+    options = RunOptions({} if level is None else {devices.ACCURACY_LEVEL: level})
+    model, facts = Program("onnxruntime", (), options), SimpleNamespace(abi="aarch64", cpu_features=())
     program = linear_program(a=0.0)
     departed = compare_linears([program], changed(program, "a", 1e-2))
-    note = arithmetic_note(kernels, config, departed)
+    note = arithmetic_note(kernels, facts, model, departed)
     assert said in note and bool(said) == bool(note)
-    assert arithmetic_note(kernels, config, compare_linears([program], [program.outputs])) == ""
+    assert arithmetic_note(kernels, facts, model, compare_linears([program], [program.outputs])) == ""
+    assert arithmetic_note(kernels, SimpleNamespace(abi="x86_64", cpu_features=()), model, departed) == ""
+
+
+def test_a_real_processor_says_itself_that_it_has_no_dot_product() -> None:
+    departed = compare_linears([program := linear_program(a=0.0)], changed(program, "a", 1e-2))
+    kernels, model = Kernels("unknown", {}, {"MatMulNBits": 1}), Program("onnxruntime", (), RunOptions({}))
+    for features, said in (
+        (("asimd",), "no dot product"),
+        (("asimd", "asimddp"), "another rule"),
+        ((), "another rule"),
+    ):
+        facts = SimpleNamespace(abi="aarch64", cpu_features=features)
+        assert said in arithmetic_note(kernels, facts, model, departed)
 
 
 @dataclasses.dataclass
@@ -251,51 +270,74 @@ class FakeSession:
     """A device that gives the host's logits, changed, or does not run."""
 
     device: SimpleNamespace
-    model: object
-    limits: object
-    runtime = "executorch"
-
-    @property
-    def emulator(self):
-        return self.device
+    program: Program
+    folder = "/scratch/afq-0"
+    facts = SimpleNamespace(abi="aarch64", cpu_features=(), processor="cortex-x, emulated")
 
     def linears(self, programs):
         return [program.outputs for program in programs]
 
-    def run(self, ids_NT):
+    def run(self, ids_NT, prompt=None):
         if self.device.name == "arm64:broken":
             raise VerdictError("the exported file does not run", where=self.device.name, why="Illegal instruction")
-        return Ran(self.device.logits[: len(ids_NT)] * self.device.factor, (0.1,) * len(ids_NT), {}, ())
+        count, tokens = ids_NT.shape
+        logits = self.device.logits[:count, :tokens] * self.device.factor
+        losses = -logits[:, :-1].double().log_softmax(-1).gather(-1, ids_NT[:, 1:, None])[..., 0]
+        return Ran(logits, losses, logits[:, :-1].argmax(-1), 0.1, (0.1,) * count, (0.0,) * count, 5.0, "1.5")
 
     def kernels(self, ids_T):
         return Kernels("dotprod", {"sdot": len(ids_T)}, {"MatMulNBits": 2, "Add": 5})
 
 
+@pytest.mark.parametrize("what", ["nothing", "loss", "choice"])
+def test_a_device_whose_losses_are_not_those_of_its_logits(ids_NT, logits_NTV, what: str) -> None:
+    losses = -logits_NTV[:, :-1].double().log_softmax(-1).gather(-1, ids_NT[:, 1:, None])[..., 0]
+    choices = logits_NTV[:, :-1].argmax(-1)
+    if what == "loss":
+        losses[1, 5] += 1e-5
+    if what == "choice":
+        choices[1, 5] = (choices[1, 5] + 1) % V
+    ran = Ran(logits_NTV, losses, choices, 0.1, (), (), 5.0)
+    if what == "nothing":
+        assert refuse_other_losses("ssh:x", ran, ids_NT) is None
+        return
+    with pytest.raises(VerdictError, match=r"\[ssh:x\]: losses of vector 1 from token 5 are not those of its logits"):
+        refuse_other_losses("ssh:x", ran, ids_NT)
+
+
 def test_devices_in_the_report(monkeypatch, tmp_path, ids_NT, logits_NTV) -> None:
-    monkeypatch.setattr(devices, "Arm64Session", FakeSession)
-    installed = SimpleNamespace(emulator="qemu 10", versions={"executorch": "1.5"})
-    environment = SimpleNamespace(installed=installed)
+    @contextlib.contextmanager
+    def opened(device, program, limits, **given):
+        yield FakeSession(device, program)
+
+    monkeypatch.setattr(devices, "open_session", opened)
     named = {"arm64:good": 1.0, "arm64:other": 2.0, "arm64:nan": math.nan, "arm64:broken": 1.0}
-    given = [SimpleNamespace(name=n, factor=f, logits=logits_NTV, environment=environment) for n, f in named.items()]
+    given = [SimpleNamespace(name=n, factor=f, logits=logits_NTV, emulated=True) for n, f in named.items()]
     rows = {tuple(ids.tolist()): logits for ids, logits in zip(ids_NT, logits_NTV, strict=True)}
 
     def extend(ids: torch.Tensor, position: int) -> torch.Tensor:
-        (whole,) = (row for row in rows if row[position : position + len(ids)] == tuple(ids.tolist()))
+        whole = next(row for row in rows if row[position : position + len(ids)] == tuple(ids.tolist()))
         return rows[whole][position : position + len(ids)]
 
     here = SimpleNamespace(vocab=V, context=T, prefill=8, logits=lambda ids: extend(ids, 0), extend=extend)
     program = linear_program(a=0.0)
-    found = check_devices(given, tmp_path / "model.pte", TARGET, here, ids_NT, [program])
+    model = Program("executorch", (tmp_path / "model.pte",))
+    found = check_devices(given, model, TARGET, here, ids_NT, [program], DeviceRequest(()))
     assert [(check.name, check.status) for check in found.checks] == [
         ("linears on arm64:good", "passed"),
         ("on arm64:good", "passed"),
+        ("steps on arm64:good", "passed"),
         ("linears on arm64:other", "passed"),
         ("on arm64:other", "failed"),
+        ("steps on arm64:other", "failed"),
         ("linears on arm64:nan", "passed"),
         ("on arm64:nan", "failed"),
+        ("steps on arm64:nan", "failed"),
         ("on arm64:broken", "failed"),
     ]
     assert "Illegal instruction" in found.checks[-1].detail
+    assert "vector 0 departs first, at token 0" in found.checks[4].detail
+    assert found.reports[0].first_other is None and found.reports[1].first_other == (0, 0)
     assert [report.device for report in found.reports] == ["arm64:good", "arm64:other", "arm64:nan"]
 
     needed = tuple(Check(name=name, status="passed", detail="") for name in NEEDED)
@@ -305,7 +347,7 @@ def test_devices_in_the_report(monkeypatch, tmp_path, ids_NT, logits_NTV) -> Non
     assert report.verdict == "fail" and report.checks == needed + found.checks
     assert read_report(to_json(report).encode()) == report
     page = report_markdown(report)
-    assert "## Devices" in page and "executorch 1.5 under qemu 10" in page
+    assert "## Devices" in page and "executorch 1.5 under an emulator of its own" in page
     assert "- arm64:good: executed 2 MatMulNBits\n- arm64:other: executed 2 MatMulNBits\n" in page
     assert report.devices[2].max_relative_error == report.devices[2].excess_stderr == 1e300
     assert [row[:4] for row in devices_table(report).rows] == [

@@ -1,8 +1,8 @@
 """The installed environment: what is in it, whether it is the one that is needed, and whether it is whole.
 
-qemu/qemu-aarch64        the emulator            system/        Debian's Python, C and C++ libraries for arm64
-site/                    numpy, onnxruntime      site/executorch/bin/pte_runner, lib/
-installed.json           versions, and the sha256 of every file
+qemu/qemu-aarch64    the emulator                             system/     Debian's Python, C and C++ libraries for arm64
+site/                numpy, onnxruntime, executorch's lib     headers/    ONNX Runtime's C API
+installed.json       versions, and the sha256 of every file
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import msgspec
 
-from afq_export.device.arm64.build import RUNNER
 from afq_export.device.arm64.pins import fingerprint, read_pins
 from afq_export.device.cache import cache_folder
 from afq_export.errors import MissingToolError
@@ -65,8 +64,8 @@ class Environment:
         return self.root / "site"
 
     @property
-    def pte_runner(self) -> Path:
-        return self.site / "executorch" / RUNNER
+    def headers(self) -> Path:
+        return self.root / "headers"
 
 
 def folder() -> Path:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from afq_export.device.arm64 import debian, wheels
-from afq_export.device.arm64.build import CUSTOM_OPERATORS, build_runner
-from afq_export.device.arm64.emulator import Emulator
+from afq_export.device.arm64.device import START_S, Arm64Device
 from afq_export.device.arm64.environment import (
     RECORD,
     Environment,
@@ -21,7 +21,9 @@ from afq_export.device.arm64.environment import (
 )
 from afq_export.device.arm64.pins import Packages, Pins, fingerprint, read_pins
 from afq_export.device.arm64.processors import PROCESSORS
-from afq_export.device.tools import complaint, run
+from afq_export.device.build import AARCH64, Compiler, build, built, find_compiler, unpacked_compiler
+from afq_export.device.kit import RUNNERS, runtime_of
+from afq_export.device.tools import run
 from afq_export.errors import MissingToolError
 from afq_export.files import folder_beside, sha256_file, sweep, write_json
 
@@ -31,22 +33,45 @@ UNUSED = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/linti
 
 
 def install(say: Say, root: Path | None = None) -> Environment:
-    """The environment for the versions of this machine's Python; one that fits and is whole is left as it is.
+    """The environment for the versions of this machine's Python, and the runners for arm64.
 
-    Takes about 215 MB of downloads, half a minute, and 300 MB of disk in the end (twice that on the way).
-    Raises MissingToolError when a tool or a package source is missing; then nothing has changed.
+    What fits and is whole is left as it is. Takes about 215 MB of downloads, half a minute, and 300 MB of disk in the
+    end (twice that on the way). Raises MissingToolError when a tool or a package source is missing; then nothing has
+    changed.
     """
     root = root or folder()
     try:
-        return open_environment(root)
-    except MissingToolError:
-        pass  # whatever is not right with it, it is made anew
+        environment = open_environment(root)
+    except MissingToolError:  # whatever is not right with it, it is made anew
+        pins = read_pins()
+        root.parent.mkdir(parents=True, exist_ok=True)
+        sweep(root.parent)
+        with folder_beside(root) as part:
+            _fill(part, pins, say)
+        environment = open_environment(root)
+    build_runners(say)
+    return environment
+
+
+def build_runners(say: Say) -> None:
+    """Builds the runners that the cache lacks, with a cross compiler that is only unpacked where none is installed."""
+    against = {name: runtime_of(runtime, AARCH64) for runtime, name in RUNNERS.items()}
+    missing = {name: runtime for name, runtime in against.items() if not (built(name, runtime) / name).is_file()}
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory(prefix="afq-compiler-") as work:
+        compiler = find_compiler(AARCH64) or _compiler(Path(work), say)
+        for name, runtime in missing.items():
+            say(f"{name} for {AARCH64}")
+            build(name, runtime, compiler)
+
+
+def _compiler(work: Path, say: Say) -> Compiler:
     pins = read_pins()
-    root.parent.mkdir(parents=True, exist_ok=True)
-    sweep(root.parent)
-    with folder_beside(root) as part:
-        _fill(part, pins, say)
-    return open_environment(root)
+    say(f"a cross compiler, of Debian {pins.compiler.suite}")
+    packages = _packages(pins.compiler, debian.machine_architecture(), work / "apt", dependencies=True)
+    debian.unpack(packages, work / "files")
+    return unpacked_compiler(work / "files", AARCH64)
 
 
 def _fill(root: Path, pins: Pins, say: Say) -> None:
@@ -69,16 +94,12 @@ def _fill(root: Path, pins: Pins, say: Say) -> None:
         file = wheels.download(wheel, pins.python, work / "wheels")
         wheels.unpack(file, wheel, root / "site")
         files[file.name] = sha256_file(file)
-    say(f"a cross compiler, of Debian {pins.compiler.suite}, and the runner of .pte programs")
-    compiler = _packages(pins.compiler, machine, work / "compiler", dependencies=True)
-    debian.unpack(compiler, work / "compiler" / "files")
-    executorch = root / "site" / "executorch"
-    build_runner(work / "compiler" / "files", executorch)
-    shutil.rmtree(executorch / "include")
-    (executorch / CUSTOM_OPERATORS).unlink()
-    packages = {path.name: sha256_file(path) for path in (*emulator, *system, *compiler)}
+    say(f"headers of ONNX Runtime, of Debian {pins.headers.suite}")
+    headers = _packages(pins.headers, machine, work / "headers", dependencies=False)
+    debian.unpack(headers, root / "headers")
+    packages = {path.name: sha256_file(path) for path in (*emulator, *system, *headers)}
     shutil.rmtree(work)
-    say("a first start of both runtimes")
+    say("a first start of ONNX Runtime")
     _record(root, pins, packages, files)
 
 
@@ -104,19 +125,15 @@ def _record(root: Path, pins: Pins, packages: dict[str, str], files: dict[str, s
         files={},
         links={},
     )
-    _try(Emulator(Environment(root, installed), installed.processors[0]), installed.versions["onnxruntime"])
+    _try(Arm64Device(Environment(root, installed), installed.processors[0]), installed.versions["onnxruntime"])
     made, links = digests(root)
     write_json(root / RECORD, msgspec.to_builtins(msgspec.structs.replace(installed, files=made, links=links)))
 
 
-def _try(emulator: Emulator, version: str) -> None:
-    """Raises MissingToolError unless ONNX Runtime is of `version` and the runner of programs says how it is called."""
-    code = "import numpy, onnxruntime; print(onnxruntime.__version__)"
-    python = emulator.start([emulator.environment.python, "-S", "-c", code])  # without -B: see _record
-    if python.stdout.strip() != version:
-        why = complaint(python.stderr, python.returncode)
-        raise MissingToolError("ONNX Runtime does not start under emulation", why=why)
-    runner = emulator.start([emulator.environment.pte_runner])
-    if "usage: pte_runner" not in runner.stderr:
-        why = complaint(runner.stderr, runner.returncode)
-        raise MissingToolError("the runner of .pte programs does not start under emulation", why=why)
+def _try(device: Arm64Device, version: str) -> None:
+    """Raises MissingToolError unless ONNX Runtime is of `version`; Python's compiled files are written."""
+    command = [str(device.environment.python), "-S", "-c", "import numpy, onnxruntime; print(onnxruntime.__version__)"]
+    with device.folder() as work:
+        done = device.run(command, folder=work, env={"PYTHONDONTWRITEBYTECODE": ""}, timeout=START_S)
+    if done.stdout.decode(errors="replace").strip() != version:
+        raise MissingToolError("ONNX Runtime does not start under emulation", why=f"it {done.how}")

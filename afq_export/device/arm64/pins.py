@@ -10,11 +10,7 @@ import msgspec
 
 from afq_export.spec.strict import Data, convert, read_toml
 
-HERE = Path(__file__).parent
-RUNNER_SOURCE = HERE / "pte_runner.cpp"
-ONNX_RUNNER = HERE / "onnx_runner.py"
-BUILDERS = ("pins.toml", "pte_runner.cpp", "build.py", "elf.py")
-"""Files that decide what an environment holds: it is set up anew when one changes."""
+TABLE = Path(__file__).with_name("pins.toml")
 
 
 class Packages(Data):
@@ -43,22 +39,22 @@ class Pins(Data):
     python: str
     emulator: Packages
     system: Packages
+    headers: Packages
     compiler: Packages
     wheels: tuple[Wheel, ...]
 
 
-def read_pins(path: Path = HERE / "pins.toml") -> Pins:
+def read_pins(path: Path = TABLE) -> Pins:
     """The table, with the versions that this machine has; their digests are dropped where the version is another."""
     pins = convert(read_toml(path), Pins, str(path))
     return msgspec.structs.replace(pins, wheels=tuple(map(_as_here, pins.wheels)))
 
 
 def fingerprint(pins: Pins) -> str:
-    """Hex sha256 of everything that decides what an environment holds."""
-    digest = hashlib.sha256(msgspec.json.encode(pins, order="deterministic"))
-    for name in BUILDERS:
-        digest.update((HERE / name).read_bytes())
-    return digest.hexdigest()
+    """Hex sha256 of everything that decides what an environment holds; the compiler leaves nothing in it."""
+    return hashlib.sha256(
+        msgspec.json.encode((pins.python, pins.emulator, pins.system, pins.headers, pins.wheels))
+    ).hexdigest()
 
 
 def _as_here(wheel: Wheel) -> Wheel:

@@ -1,14 +1,16 @@
-"""One change to a shared library: it loads without some libraries that it names, and runs nothing when it does.
+"""Programs and shared libraries: which machine they are for, and one change to a library, after which it loads without
+some libraries that it names and runs nothing when it does.
 
-Fields are those of the ELF-64 specification (elf.h): program headers, and the dynamic section's tags.
+Fields are those of the ELF specification (elf.h): header, program headers, and the dynamic section's tags.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from pathlib import Path
 
-from afq_export.errors import MissingToolError
+from afq_export.errors import InputError, MissingToolError
 
 MAGIC = b"\x7fELF\x02\x01"
 """64 bits, little-endian."""
@@ -16,7 +18,22 @@ PT_LOAD, PT_DYNAMIC = 1, 2
 DT_NULL, DT_NEEDED, DT_STRTAB = 0, 1, 5
 INITIALIZERS = frozenset((12, 13, 25, 26, 27, 28))
 """DT_INIT, DT_FINI, and the arrays of both with their sizes."""
+MACHINES = {3: "i686", 40: "armv7l", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+"""e_machine -> the name that uname has."""
 _ENTRY = struct.Struct("<QQ")
+
+
+def machine_of(path: Path) -> str:
+    """The machine that a program is for, as uname has it; empty for what is no ELF file. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(20)
+    except OSError as error:
+        raise InputError("cannot read the program", where=str(path), why=error.strerror or str(error)) from error
+    if not head.startswith(MAGIC[:4]) or len(head) < 20:
+        return ""
+    (machine,) = struct.unpack_from("<H", head, 18)
+    return MACHINES.get(machine, f"machine {machine}")
 
 
 def without_initializers(library: bytes, leave_out: Callable[[str], bool]) -> bytes:
