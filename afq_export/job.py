@@ -15,6 +15,7 @@ import msgspec
 from afq_export import __version__
 from afq_export.backends import backend
 from afq_export.errors import InputError, MissingToolError
+from afq_export.extras import install_line
 from afq_export.files import sha256_file
 from afq_export.fold.forms import SiteChoice, choose_forms
 from afq_export.fold.rotation import rotate
@@ -46,8 +47,8 @@ VERSIONED = ("torch", "transformers", "tokenizers", "executorch", "onnx", "onnxr
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A request whose every part exists and fits. `defaults` names what was taken because nothing was said."""
+class Prepared:
+    """What there is before any text is evaluated. `defaults` names what was taken because nothing was said."""
 
     request: Request
     model: FloatCheckpoint
@@ -56,21 +57,30 @@ class Job:
     target: TargetProfile
     records: Mapping[str, LinearRecord]
     choices: tuple[SiteChoice, ...]
+    corpus: Corpus
     calibration: Windows
-    evaluation: Windows
-    out: Path
     threads: int
     defaults: tuple[str, ...]
-
-    @property
-    def bundle(self) -> Path:
-        """Where the bundle goes."""
-        return self.out / "bundle"
+    missing: str
+    """What lowering waits for; empty when it can run."""
 
     @property
     def source(self) -> DecoderWeights:
         """What is calibrated and folded: the model in the basis that the recipe asks for."""
         return rotate(self.model, self.recipe.transforms.rotation, self.request.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(Prepared):
+    """A request whose every part exists and fits."""
+
+    evaluation: Windows
+    out: Path
+
+    @property
+    def bundle(self) -> Path:
+        """Where the bundle goes."""
+        return self.out / "bundle"
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that the artifact's bytes depend on, flat, so that a difference can be named."""
@@ -84,33 +94,49 @@ class Job:
         return facts | {"calibration tokens": hashlib.sha256(ids).hexdigest()}
 
 
-def resolve(request: Request) -> Job:
-    """Opens and checks everything that `request` names. Raises InputError or MissingToolError, before any work."""
-    target = load_target(request.target)
-    check_tools(target)
-    changes = (TINY_CHANGES + request.changes) if request.tiny else request.changes
-    recipe = load_recipe(request.recipe or target.default_recipe, changes)
-    model, defaults = _model(request)
-    records = assign(model.config, recipe, target)
-    backend(target.backend).refuse(target, records)
-    choices = choose_forms(model.config, recipe.transforms)
-    tokenizer = open_tokenizer(model)
-    calibration, evaluation = _corpora(request)
-    refuse_overlap(calibration, evaluation)
-    digest = tokenizer_digest(tokenizer)
-    length = min(recipe.samples.length, model.config.max_positions)
+def resolve(request: Request, *, lowers: bool = True) -> Job:
+    """Opens and checks everything that `request` names. Raises InputError or MissingToolError, before any work.
+
+    Without `lowers`, a tool that only lowering and running need may be missing.
+    """
+    ready = prepare(request, lowers=lowers)
+    model, recipe, target = ready.model, ready.recipe, ready.target
+    evaluation = open_corpus(request.eval or DEMO_EVALUATION)
+    refuse_overlap(ready.corpus, evaluation)
     limit = min(target.shapes.context, model.config.max_positions)
     window = window_length(request.window, limit, TINY_LENGTH if request.tiny else USUAL_LENGTH)
     count = {None: TINY_WINDOWS if request.tiny else 40, 0: None}.get(request.eval_windows, request.eval_windows)
-    if request.recipe is None:
-        defaults += (f"recipe {recipe.name} (the target's default)",)
-    if request.calib is None:
-        defaults += ("calibration on the demo corpus",)
+    defaults = ready.defaults
     if request.eval is None:
         defaults += ("evaluation on the demo corpus",)
     if request.out is None:
         defaults += (f"run folder {_default_out(request, target, recipe)}",)
     return Job(
+        **{**vars(ready), "defaults": defaults},
+        evaluation=cut_windows(evaluation, ready.tokenizer, ready.calibration.tokenizer_digest, window, count),
+        out=Path(request.out or _default_out(request, target, recipe)),
+    )
+
+
+def prepare(request: Request, *, lowers: bool = True) -> Prepared:
+    """Opens and checks all that `request` names but what is evaluated and where results go, as `resolve` does."""
+    target = load_target(request.target)
+    changes = (TINY_CHANGES + request.changes) if request.tiny else request.changes
+    recipe = load_recipe(request.recipe or target.default_recipe, changes)
+    model, defaults = _model(request)
+    records = assign(model.config, recipe, target)
+    missing = missing_tool(target, records)
+    if missing and lowers:
+        raise missing
+    choices = choose_forms(model.config, recipe.transforms)
+    tokenizer = open_tokenizer(model)
+    corpus = open_corpus(request.calib or DEMO_CALIBRATION)
+    length = min(recipe.samples.length, model.config.max_positions)
+    if request.recipe is None:
+        defaults += (f"recipe {recipe.name} (the target's default)",)
+    if request.calib is None:
+        defaults += ("calibration on the demo corpus",)
+    return Prepared(
         request=request,
         model=model,
         tokenizer=tokenizer,
@@ -118,12 +144,22 @@ def resolve(request: Request) -> Job:
         target=target,
         records=records,
         choices=choices,
-        calibration=cut_windows(calibration, tokenizer, digest, length, recipe.samples.windows),
-        evaluation=cut_windows(evaluation, tokenizer, digest, window, count),
-        out=Path(request.out or _default_out(request, target, recipe)),
+        corpus=corpus,
+        calibration=cut_windows(corpus, tokenizer, tokenizer_digest(tokenizer), length, recipe.samples.windows),
         threads=request.threads or default_threads(),
         defaults=defaults,
+        missing=str(missing or ""),
     )
+
+
+def missing_tool(target: TargetProfile, records: Mapping[str, LinearRecord]) -> MissingToolError | None:
+    """What lowering to the target waits for on this machine. Raises InputError for kernels that do not fit it."""
+    try:
+        check_tools(target)
+        backend(target.backend).refuse(target, records)
+    except MissingToolError as error:
+        return error
+    return None
 
 
 def open_corpus(name: str) -> Corpus:
@@ -146,7 +182,7 @@ def check_tools(target: TargetProfile) -> None:
     for tool in target.tools:
         if importlib.util.find_spec(tool) is None:
             raise MissingToolError(
-                "a tool is missing", where=target.name, why=f"no Python module {tool}", do=f"pip install {tool}"
+                "a tool is missing", where=target.name, why=f"no Python module {tool}", do=install_line(tool)
             )
 
 
@@ -165,10 +201,6 @@ def _model(request: Request) -> tuple[FloatCheckpoint, tuple[str, ...]]:
     model = open_model(request.model or DEMO)
     defaults = () if request.model else (f"the embedded demo model {DEMO}",)
     return (tiny_copy(model, request.seed) if request.tiny else model), defaults
-
-
-def _corpora(request: Request) -> tuple[Corpus, Corpus]:
-    return open_corpus(request.calib or DEMO_CALIBRATION), open_corpus(request.eval or DEMO_EVALUATION)
 
 
 def _default_out(request: Request, target: TargetProfile, recipe: Recipe) -> str:

@@ -12,14 +12,16 @@ from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.backends import backend
 from afq_export.fold.forms import SiteChoice
-from afq_export.job import Job
+from afq_export.job import Job, Prepared
 from afq_export.load.model import expected_shapes
 from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.report.layers import LayerGroup, layer_groups
 from afq_export.runfolder import peak_rss_mb
 from afq_export.spec.quant import ScaleType
-from afq_export.spec.recipe import Rounding
+from afq_export.spec.recipe import Embedding, Rounding
+from afq_export.spec.report import Site, Size
 from afq_export.spec.strict import Data
+from afq_export.spec.target import TargetProfile
 
 HELD = 6
 """Copies of all calibration activations at a block's end: inputs and outputs of both paths, a target, a result."""
@@ -43,33 +45,6 @@ PROGRAM_COPIES = 4
 """Copies of the program in memory while it is put together, written, read back and loaded."""
 EXPORT_MB, EXPORT_SECONDS = 120.0, 12.0
 """What the exporter takes by itself."""
-
-
-class SitePlan(Data):
-    """One fold site of every block. `form` null: no transform, `reason` says why; `refused`: form -> why not here."""
-
-    name: str
-    kind: str
-    producers: tuple[str, ...]
-    consumers: tuple[str, ...]
-    asked: str
-    form: str | None
-    shift: bool
-    reason: str
-    refused: dict[str, str]
-
-
-class Size(Data):
-    """Bytes of the program, by what they hold."""
-
-    linears: int
-    head: int
-    embedding: int
-    rest: int
-
-    @property
-    def total(self) -> int:
-        return self.linears + self.head + self.embedding + self.rest
 
 
 class Memory(Data):
@@ -107,7 +82,7 @@ class Plan(Data, kw_only=True):
     embedding: str
     rotation: str
     rounding: str
-    sites: tuple[SitePlan, ...]
+    sites: tuple[Site, ...]
     layers: tuple[LayerGroup, ...]
     size: Size
     memory: Memory
@@ -134,7 +109,7 @@ def plan(job: Job, gflops: float) -> Plan:
         embedding=_embedding(job),
         rotation=job.recipe.transforms.rotation,
         rounding=_rounding(job.recipe.rounding),
-        sites=tuple(_site(choice) for choice in job.choices),
+        sites=sites(job),
         layers=layer_groups(job.records),
         size=size,
         memory=memory(job, size),
@@ -142,20 +117,35 @@ def plan(job: Job, gflops: float) -> Plan:
     )
 
 
-def program_size(job: Job) -> Size:
+def program_size(job: Prepared) -> Size:
     """Bytes of the program, counted: codes, scales, biases, rows, norms; what the format adds by its backend."""
-    config, records = job.model.config, list(job.records.values())
-    *blocks, head = (_linear_bytes(record, job) for record in records)
-    runtime = backend(job.target.backend)
-    tied = config.tied and job.recipe.transforms.rotation == "off"
-    shared = tied and runtime.shares_rows(records[-1], job.recipe.embedding, job.target)
+    config, records, target = job.model.config, list(job.records.values()), job.target
+    *blocks, head = (linear_bytes(record, target) for record in records)
     norms = 4 * (_parameters(config) - sum(r.spec.outputs * r.spec.inputs for r in records[:-1]))
     return Size(
         linears=sum(blocks),
         head=head,
-        embedding=0 if shared else _embedding_bytes(job),
-        rest=norms + runtime.overhead(config, job.records, job.target),
+        embedding=row_bytes(job, records[-1], job.recipe.embedding),
+        rest=norms + backend(target.backend).overhead(config, job.records, target),
     )
+
+
+def linear_bytes(record: LinearRecord, target: TargetProfile) -> int:
+    """Codes as the kernel stores them, a scale per group, a bias in 32 bits where there is one."""
+    spec, kernel = record.spec, target.kernel(record.kernel)
+    scale = {ScaleType.FLOAT32: 4, ScaleType.STEPS: 1}.get(kernel.scale_type, 2)
+    codes = spec.outputs * math.ceil(spec.inputs * kernel.stored_bits / 8)
+    return codes + spec.outputs * (spec.groups * scale + (4 if spec.bias else 0))
+
+
+def row_bytes(job: Prepared, head: LinearRecord, embedding: Embedding) -> int:
+    """Token rows and their scales; 0 where they are one tensor with the head."""
+    config = job.model.config
+    tied = config.tied and job.recipe.transforms.rotation == "off"
+    if tied and backend(job.target.backend).shares_rows(head, embedding, job.target):
+        return 0
+    groups = 0 if embedding.bits == 32 else config.hidden // embedding.group if embedding.group else 1
+    return config.vocab * (config.hidden * embedding.bits // 8 + 4 * groups)
 
 
 def memory(job: Job, size: Size) -> Memory:
@@ -200,20 +190,6 @@ def time(job: Job, gflops: float, size: Size) -> Time:
     )
 
 
-def _linear_bytes(record: LinearRecord, job: Job) -> int:
-    """Codes as the kernel stores them, a scale per group, a bias in 32 bits where there is one."""
-    spec, kernel = record.spec, job.target.kernel(record.kernel)
-    scale = 2 if kernel.scale_type is ScaleType.BFLOAT16 else 4
-    codes = spec.outputs * math.ceil(spec.inputs * kernel.stored_bits / 8)
-    return codes + spec.outputs * (spec.groups * scale + (4 if spec.bias else 0))
-
-
-def _embedding_bytes(job: Job) -> int:
-    config, embedding = job.model.config, job.recipe.embedding
-    groups = 0 if embedding.bits == 32 else config.hidden // embedding.group if embedding.group else 1
-    return config.vocab * (config.hidden * embedding.bits // 8 + 4 * groups)
-
-
 def _embedding(job: Job) -> str:
     embedding = job.recipe.embedding
     if embedding.bits == 32:
@@ -243,12 +219,17 @@ def _block_operations(job: Job, length: int) -> int:
     return 2 * _block_elements(job) + 4 * length * config.heads * config.head_dim
 
 
-def _site(choice: SiteChoice) -> SitePlan:
+def sites(job: Job) -> tuple[Site, ...]:
+    """What the recipe does at every fold site of a block."""
+    return tuple(_site(choice) for choice in job.choices)
+
+
+def _site(choice: SiteChoice) -> Site:
     site = choice.site
     refused = dict(site.refused)
     if choice.shift_reason:
         refused["shift"] = choice.shift_reason
-    return SitePlan(
+    return Site(
         name=site.name,
         kind=site.kind.value,
         producers=site.producers,
