@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 @takes_request
 def command(request: Request, as_json: Json = False) -> None:
     """What `run` with the same options would do: transforms, kernels, size, memory and time. Does none of it."""
-    from afq_export.commands.stages import say_defaults
+    from afq_export.commands.stages import say_defaults, say_status
     from afq_export.job import resolve
     from afq_export.machine import measured_gflops, settle
     from afq_export.plan import plan
 
-    job = resolve(request)
+    job = resolve(request, lowers=False)
     say_defaults(job)
+    say_status(job)
     settle(job.threads)
     made = plan(job, measured_gflops())
     emit(_text(made), made, as_json)
@@ -29,7 +30,7 @@ def command(request: Request, as_json: Json = False) -> None:
 
 def _text(plan: Plan) -> str:
     from afq_export.report.layers import groups_text
-    from afq_export.report.tables import size_mb
+    from afq_export.report.tables import site_reasons, sites_table, size_mb
 
     size, memory, time = plan.size, plan.memory, plan.time
     parts = f"blocks {size_mb(size.linears)}, head {size_mb(size.head)}, embedding {size_mb(size.embedding)}"
@@ -50,29 +51,9 @@ def _text(plan: Plan) -> str:
         "time": f"about {duration(time.calibrate)} to calibrate, {duration(time.lower)} to lower, "
         f"{duration(time.validate)} to validate, at the {time.gflops:.0f} GFLOP/s measured just now",
     }
-    sections = (_aligned(facts), _sites(plan), groups_text(plan.layers), "Estimates:", _aligned(estimates))
+    folds = "\n".join([sites_table(plan.sites).text(), "", *site_reasons(plan.sites)])
+    sections = (_aligned(facts), folds, groups_text(plan.layers), "Estimates:", _aligned(estimates))
     return "\n\n".join(sections)
-
-
-def _sites(plan: Plan) -> str:
-    """One row per site; below, once each, why there is no other form."""
-    from afq_export.report.tables import Table
-
-    rows, reasons = [], {}
-    for site in plan.sites:
-        between = f"{', '.join(site.producers)} -> {', '.join(site.consumers)}"
-        rows.append((site.name, between, site.form or "none", "yes" if site.shift else "no"))
-        refused = {"transform": site.reason} if site.reason else {}
-        for form, why in (refused | site.refused).items():
-            reasons.setdefault(why, {}).setdefault(f"no {form}", []).append(site.name)
-    lines = [f"{_where(found)}: {why}" for why, found in reasons.items()]
-    return "\n".join([Table(("fold site", "between", "transform", "shift"), tuple(rows)).text(), "", *lines])
-
-
-def _where(found: dict[str, list[str]]) -> str:
-    """`no affine, no shift at up_to_down`."""
-    sites = dict.fromkeys(site for names in found.values() for site in names)
-    return f"{', '.join(found)} at {', '.join(sites)}"
 
 
 def _aligned(pairs: dict[str, str]) -> str:

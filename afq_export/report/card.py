@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 
 from afq_export.report import tables
-from afq_export.spec.report import ValidationReport
+from afq_export.spec.report import UNKNOWN, Origin, ValidationReport
 
 LIBRARIES = {".pte": "executorch", ".onnx": "onnx"}
 """Suffix of the exported file -> the library's name on the Hugging Face hub."""
 
 
-def model_card(report: ValidationReport, base_model: str | None = None, licence: str | None = None) -> str:
-    """The page, ending in a newline. `base_model` is a hub id `owner/name`, `licence` the source model's identifier."""
+def model_card(report: ValidationReport, origin: Origin = UNKNOWN) -> str:
+    """The page, ending in a newline, with licence and base model as the source states them."""
     figures = report.perplexity
     measured = figures.runtime or figures.integer
     sections = [
-        _front_matter(report, base_model, licence),
+        _front_matter(report, origin),
         f"# {report.model.name}, {report.recipe}, for {report.target}",
         "Quantized and exported by afq-export. `report.md` has the proof, `manifest.json` the digest of every file.",
         "## Quality",
@@ -39,16 +39,16 @@ def model_card(report: ValidationReport, base_model: str | None = None, licence:
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(report: ValidationReport, base_model: str | None, licence: str | None) -> str:
+def _front_matter(report: ValidationReport, origin: Origin) -> str:
     """YAML between `---` lines; strings are JSON strings, which are YAML."""
     fields: list[tuple[str, str | list[str]]] = [
         ("library_name", LIBRARIES.get(Path(report.artifact.name).suffix if report.artifact else "", "afq-export")),
         ("pipeline_tag", "text-generation"),
         ("tags", ["afq-export", "affinequant", "quantized", report.target, report.recipe]),
     ]
-    if base_model:
-        fields += [("base_model", base_model), ("base_model_relation", "quantized")]
-    if licence:
-        fields.append(("license", licence))
+    if origin.base_model:
+        fields += [("base_model", origin.base_model), ("base_model_relation", "quantized")]
+    if origin.licence:
+        fields.append(("license", origin.licence))
     lines = [f"{key}: {json.dumps(value)}" for key, value in fields]
     return "\n".join(["---", *lines, "---"])

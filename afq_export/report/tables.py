@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from afq_export.spec.report import LayerReport, ValidationReport
+from afq_export.spec.device import DeviceCheck
+from afq_export.spec.report import LayerReport, Perplexity, Site, Size, ValidationReport
 
 MISSING = "-"
 RUNG_TITLES = {
@@ -102,13 +104,7 @@ def kernels_table(report: ValidationReport) -> Table:
     return Table(("kernel", "linears"), rows, frozenset({1}))
 
 
-def refused_table(report: ValidationReport) -> Table:
-    """What stays outside the integer kernels."""
-    rows = tuple((refused.what, str(refused.count), refused.reason) for refused in report.coverage.refused)
-    return Table(("stays outside", "count", "why"), rows, frozenset({1}))
-
-
-def devices_table(report: ValidationReport) -> Table:
+def devices_table(report: ValidationReport | DeviceCheck) -> Table:
     """One row per device: kernels that ran, and how near the file is to itself on this machine."""
     rows = tuple(
         (
@@ -138,6 +134,40 @@ def devices_table(report: ValidationReport) -> Table:
     return Table(header, rows, frozenset(range(3, 9)))
 
 
+def size_table(size: Size) -> Table:
+    """What the exported file's bytes hold."""
+    parts = {"block linears": size.linears, "head": size.head, "token rows": size.embedding, "all else": size.rest}
+    rows = tuple((what, size_mb(value), f"{value / size.total:.1%}") for what, value in parts.items())
+    return Table(("part of the file", "size", "share"), rows, frozenset({1, 2}))
+
+
+def sites_table(sites: Sequence[Site]) -> Table:
+    """One row per fold site: between which linears, what is folded."""
+    rows = tuple(
+        (
+            site.name,
+            f"{', '.join(site.producers)} -> {', '.join(site.consumers)}",
+            site.form or "none",
+            "yes" if site.shift else "no",
+        )
+        for site in sites
+    )
+    return Table(("fold site", "between", "transform", "shift"), rows)
+
+
+def site_reasons(sites: Sequence[Site]) -> list[str]:
+    """Once each, why there is no other form: `no affine, no shift at up_to_down: ...`."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for site in sites:
+        refused = {"transform": site.reason} if site.reason else {}
+        for form, why in (refused | site.refused).items():
+            reasons.setdefault(why, {}).setdefault(f"no {form}", []).append(site.name)
+    return [
+        f"{', '.join(found)} at {', '.join(dict.fromkeys(name for names in found.values() for name in names))}: {why}"
+        for why, found in reasons.items()
+    ]
+
+
 def protocol_line(report: ValidationReport) -> str:
     """The protocol of the figures, in one sentence."""
     p = report.protocol
@@ -149,6 +179,11 @@ def protocol_line(report: ValidationReport) -> str:
 def size_mb(bytes_: int) -> str:
     """Megabytes with two digits."""
     return f"{bytes_ / 1e6:.2f} MB"
+
+
+def figure(perplexity: Perplexity | None) -> str:
+    """Perplexity with its standard error."""
+    return f"{perplexity.value:.3f} ± {perplexity.stderr:.3f}" if perplexity else "skipped"
 
 
 def number(value: float | None, form: str) -> str:

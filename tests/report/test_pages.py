@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afq_export.report.card import model_card
-from afq_export.report.markdown import MAX_DISAGREEMENTS, report_markdown
+from afq_export.report.markdown import report_markdown
+from afq_export.report.sections import MAX_DISAGREEMENTS
 from afq_export.report.summary import summary
 from afq_export.report.tables import Table, perplexity_table
 from afq_export.spec import report as spec
@@ -104,7 +105,7 @@ def test_the_summary_is_aligned():
 
 def test_the_card_is_one_that_hugging_face_reads():
     hub = pytest.importorskip("huggingface_hub")
-    page = model_card(sample(), base_model="HuggingFaceTB/SmolLM2-135M-Instruct", licence="apache-2.0")
+    page = model_card(sample(), spec.Origin("apache-2.0", "HuggingFaceTB/SmolLM2-135M-Instruct"))
     data = hub.ModelCard(page).data
     assert data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert data.license == "apache-2.0"
