@@ -1,6 +1,7 @@
 """The run folder: what was asked, with which inputs, and what each stage has cost so far.
 
 run.json       fingerprint of the inputs, the request, seconds and peak memory by stage
+run.lock       which process works in the folder now
 calibration/   one file per block          quantized/   the quantized checkpoint          bundle/   what ships
 """
 
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import resource
 import shutil
 import time
@@ -16,14 +16,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from afq_export.errors import InputError
 from afq_export.files import sweep, write_json, write_text
+from afq_export.lock import hold
+from afq_export.spec.strict import Data
 
 IGNORE_ALL = "*\n"
 """The run folder's .gitignore: what is made there is not for a repository."""
 
+LOCK = "run.lock"
+
 SHOWN = 3
 """Differences between two fingerprints that an error names."""
+
+
+class StageCost(Data):
+    """What a stage took over all its attempts."""
+
+    seconds: float
+    peak_rss_mb: float
+
+
+class RunFile(Data):
+    """run.json."""
+
+    fingerprint: dict[str, str]
+    request: dict[str, Any]
+    cost: dict[str, StageCost]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +69,10 @@ class RunFolder:
         """The content of run.json. Raises InputError when it is not there or broken."""
         path = self.path / "run.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return msgspec.to_builtins(msgspec.json.decode(path.read_bytes(), type=RunFile))
         except OSError as error:
             raise InputError("not a run folder", where=str(self.path), why="there is no run.json") from error
-        except ValueError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError("run.json is broken", where=str(path), why=str(error)) from error
 
     def cost(self, stage: str, field: str) -> float | None:
@@ -78,6 +99,16 @@ class RunFolder:
             "peak_rss_mb": max(old["peak_rss_mb"], peak_rss_mb()),
         }
         write_json(self.path / "run.json", data)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """The folder `path` for this process alone. Raises InputError when another has it, or it is someone else's."""
+    if not (path / "run.json").exists():
+        _refuse_other_content(path)
+        write_text(path / ".gitignore", IGNORE_ALL)
+    with hold(path / LOCK):
+        yield
 
 
 def prepare(path: Path, fingerprint: dict[str, str], request: dict[str, Any], fresh: bool) -> RunFolder:
@@ -117,7 +148,7 @@ def _refuse_other_content(path: Path) -> None:
         return
     if path.is_dir():
         sweep(path)
-        left = {entry.name: entry for entry in path.iterdir()}
+        left = {entry.name: entry for entry in path.iterdir() if entry.name != LOCK}
         if not left or (left.keys() == {".gitignore"} and left[".gitignore"].read_bytes() == IGNORE_ALL.encode()):
             return
     raise InputError(

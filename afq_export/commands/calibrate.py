@@ -13,8 +13,7 @@ def command(request: Request, fresh: Fresh = False, as_json: Json = False) -> No
     from afq_export.commands import stages
     from afq_export.pipeline import run_calibrate
 
-    job, folder = stages.start(request, fresh)
-    with progress() as tick:
+    with stages.start(request, fresh, lowers=False) as (job, folder), progress() as tick:
         calibration = run_calibrate(job, folder, tick)
     histories = [calibration.block(index).history for index in range(calibration.layers)]
     emit(stages.losses_table(calibration).text(), {"folder": str(folder.calibration), "blocks": histories}, as_json)

@@ -13,8 +13,7 @@ def command(request: Request, fresh: Fresh = False, as_json: Json = False) -> No
     from afq_export.commands import describe, stages
     from afq_export.pipeline import run_lower
 
-    job, folder = stages.start(request, fresh)
-    with progress() as tick:
+    with stages.start(request, fresh) as (job, folder), progress() as tick:
         _, checkpoint = stages.quantized(job, folder, tick)
         bundle = run_lower(job, folder, checkpoint, tick)
     facts = describe.bundle(bundle)

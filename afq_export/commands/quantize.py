@@ -12,8 +12,7 @@ def command(request: Request, fresh: Fresh = False, as_json: Json = False) -> No
     """Fold what was learned and write integers, scales and zero points; calibrates first if that is not done."""
     from afq_export.commands import describe, stages
 
-    job, folder = stages.start(request, fresh)
-    with progress() as tick:
+    with stages.start(request, fresh, lowers=False) as (job, folder), progress() as tick:
         _, checkpoint = stages.quantized(job, folder, tick)
     facts = describe.quantized(checkpoint)
     emit(facts.text(), facts, as_json)

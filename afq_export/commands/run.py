@@ -20,8 +20,7 @@ def command(request: Request, fresh: Fresh = False, as_json: Json = False) -> No
     from afq_export.commands.stages import start
     from afq_export.report.summary import summary
 
-    job, _ = start(request, fresh)
-    with progress() as tick:
-        outcome = pipeline.run(job, tick)
+    with start(request, fresh) as (job, folder), progress() as tick:
+        outcome = pipeline.run(job, folder, tick)
     emit(summary(outcome.report, outcome.bundle.folder), outcome.report, as_json)
     raise typer.Exit(1 if outcome.report.verdict == "fail" else 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
+from collections.abc import Iterator
 
 from afq_export import pipeline
 from afq_export.calibrate.result import Calibration
-from afq_export.job import Job, resolve
+from afq_export.job import Job, Prepared, resolve
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
 from afq_export.report.tables import Table, number
@@ -21,16 +23,20 @@ STATUS = {
 }
 
 
-def start(request: Request, fresh: bool) -> tuple[Job, RunFolder]:
-    """The job of `request` and its run folder; once nothing is refused, says what was taken by default."""
-    job = resolve(request)
-    folder = pipeline.open_folder(job, fresh=fresh)
-    say_defaults(job)
-    say_status(job)
-    return job, folder
+@contextlib.contextmanager
+def start(request: Request, fresh: bool, *, lowers: bool = True) -> Iterator[tuple[Job, RunFolder]]:
+    """The job of `request` and its run folder; once nothing is refused, says what was taken by default.
+
+    Without `lowers`, what only lowering needs may be missing: it is said and not refused.
+    """
+    job = resolve(request, lowers=lowers)
+    with pipeline.open_folder(job, fresh=fresh) as folder:
+        say_defaults(job)
+        say_status(job)
+        yield job, folder
 
 
-def say_defaults(job: Job) -> None:
+def say_defaults(job: Prepared) -> None:
     """Says what was taken because nothing was said."""
     if job.defaults:
         note(f"taken by default: {'; '.join(job.defaults)}")
@@ -40,6 +46,8 @@ def say_status(job: Job) -> None:
     """Says, before any work, when nothing here can show that the target's programs run."""
     if job.target.status in STATUS:
         note(f"{job.target.name} is {job.target.status!r}: {STATUS[job.target.status]}")
+    if job.missing:
+        note(f"lowering cannot follow on this machine: {job.missing}")
 
 
 def quantized(job: Job, folder: RunFolder, progress: Progress) -> tuple[Calibration, QuantizedCheckpoint]:

@@ -10,6 +10,7 @@ import pytest
 
 from afq_export import pipeline
 from afq_export.cli import call
+from afq_export.runfolder import held
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -76,3 +77,11 @@ def test_json_errors_are_one_document(command, monkeypatch, capfd):
 )
 def test_usage_errors_are_one_line_too(refused: Callable[..., str], arguments: list[str], said: str):
     assert refused(*arguments).startswith(said)
+
+
+@pytest.mark.parametrize("name", ["run", "calibrate", "quantize", "lower"])
+def test_two_runs_in_one_folder(command, refused, tmp_path, name: str):
+    with held(tmp_path / "run"):
+        said = refused(name, *command[1:])
+    assert said.startswith(f"another run is in this folder [{tmp_path / 'run'}]: process ")
+    assert said.endswith("wait for it, or name another folder with --out")

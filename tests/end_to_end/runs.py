@@ -40,7 +40,9 @@ class Runs:
 
 def run(request: Request, out: Path) -> Outcome:
     """All stages of `request` in this process, into `out`."""
-    return pipeline.run(resolve(dataclasses.replace(request, out=str(out))), silent)
+    job = resolve(dataclasses.replace(request, out=str(out)))
+    with pipeline.open_folder(job) as folder:
+        return pipeline.run(job, folder, silent)
 
 
 def copy_of(outcome: Outcome, folder: Path) -> Path:

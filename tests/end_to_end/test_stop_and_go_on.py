@@ -24,7 +24,7 @@ POINTS = {
 }
 """Before what the process dies -> which stages' results are there then."""
 FAST = ("block-001.safetensors", "quantized", "bundle", "report.json")
-RANDOM_KILLS = 20
+RANDOM_KILLS = 60
 
 
 def start(*command: str, out: Path, module: str = "afq_export") -> subprocess.Popen[bytes]:
@@ -66,10 +66,10 @@ def test_killed_in_every_stage(undisturbed: dict[str, str], tmp_path: Path, poin
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(5400)
 def test_killed_at_random_moments(undisturbed: dict[str, str], tmp_path: Path) -> None:
-    """Twenty kills from outside, whenever they come; a run that gets through before its kill is compared, too."""
-    chosen, number = random.Random(20), 0
+    """Sixty kills from outside, whenever they come; a run that gets through before its kill is compared, too."""
+    chosen, number = random.Random(RANDOM_KILLS), 0
     for _ in range(RANDOM_KILLS):
         process = start(*COMMAND, out=tmp_path / str(number))
         try:
