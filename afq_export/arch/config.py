@@ -14,6 +14,10 @@ class Rope:
     attention_factor: float = 1.0
 
 
+LARGEST, MOST_LAYERS = 1 << 27, 1 << 14
+"""Beyond any model's sizes: what a broken file says."""
+
+
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape and options of a decoder-only Transformer.
@@ -52,12 +56,17 @@ class DecoderConfig:
         """Plain data, for quant.json."""
         return dataclasses.asdict(self)
 
-    @staticmethod
-    def from_dict(data: dict) -> DecoderConfig:
-        """Inverse of `to_dict`. Raises TypeError on unknown or missing keys."""
-        data = dict(data)
-        rope = data.pop("rope", None)
-        data["eos_ids"] = tuple(data.get("eos_ids", ()))
-        if rope is not None:
-            rope = Rope(tuple(rope["inv_freq"]), rope["attention_factor"])
-        return DecoderConfig(rope=rope, **data)
+    def contradiction(self) -> str:
+        """Why no decoder has these sizes; empty when one may."""
+        sizes = (self.hidden, self.layers, self.heads, self.kv_heads, self.head_dim, self.intermediate)
+        if min(*sizes, self.vocab, self.max_positions) < 1:
+            return f"sizes {sizes}"
+        if max(*sizes, self.vocab, self.max_positions) > LARGEST or self.layers > MOST_LAYERS:
+            return f"sizes {sizes}, larger than any model's"
+        uneven = self.heads % self.kv_heads or (self.rope is not None and self.head_dim % 2)
+        split = self.family == "opt" and self.heads * self.head_dim != self.hidden
+        if uneven or split:
+            return f"{self.heads} query heads, {self.kv_heads} KV heads, sizes {sizes}"
+        if self.rope is not None and len(self.rope.inv_freq) != self.head_dim // 2:
+            return f"{len(self.rope.inv_freq)} rotary frequencies for heads of {self.head_dim}"
+        return ""

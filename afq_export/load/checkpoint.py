@@ -13,6 +13,7 @@ from torch import Tensor
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.errors import InputError
+from afq_export.spec.report import UNKNOWN, Origin
 
 
 class TensorSource(Protocol):
@@ -55,6 +56,7 @@ class FloatCheckpoint:
     digest: str
     files: Path | None = None
     gguf: Path | None = None
+    origin: Origin = UNKNOWN
 
     def embedding(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         return self._read(family(self.config).embedding_names(self.config), dtype)

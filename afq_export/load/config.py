@@ -11,7 +11,7 @@ from optimum.utils import NormalizedConfigManager
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from afq_export.arch.config import DecoderConfig, Rope
+from afq_export.arch.config import LARGEST, DecoderConfig, Rope
 from afq_export.arch.decoder import FAMILIES
 from afq_export.errors import InputError
 
@@ -69,7 +69,11 @@ def decoder_config(raw: Any, where: str) -> DecoderConfig:
         )
     normal = NormalizedConfigManager.get_normalized_config_class(raw.model_type)(raw)
     build = _opt if family == "opt" else _llama
-    config = build(raw, normal, where)
+    _refuse_sizes(raw, where)
+    try:
+        config = build(raw, normal, where)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
+        raise InputError("the model's configuration does not fit", where=where, why=str(error)) from error
     _check_sizes(config, where)
     return config
 
@@ -175,13 +179,20 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
 
+SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "ffn_dim", "vocab_size", "max_position_embeddings", "word_embed_proj_dim",
+)  # fmt: skip
+"""What must be a number that memory has room for, before anything is computed from it."""
+
+
+def _refuse_sizes(raw: Any, where: str) -> None:
+    for name in SIZES:
+        value = getattr(raw, name, None)
+        if value is not None and (type(value) is not int or not 1 <= value <= LARGEST):
+            raise InputError("the model's configuration does not fit", where=where, why=f"{name} is {str(value)[:40]}")
+
+
 def _check_sizes(config: DecoderConfig, where: str) -> None:
-    sizes = (config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim, config.intermediate)
-    uneven = config.heads % config.kv_heads or (config.rope is not None and config.head_dim % 2)
-    split = config.family == "opt" and config.heads * config.head_dim != config.hidden
-    if min(*sizes, config.vocab, config.max_positions) < 1 or uneven or split:
-        raise InputError(
-            "the model's configuration contradicts itself",
-            where=where,
-            why=f"{config.heads} query heads, {config.kv_heads} KV heads, sizes {sizes}",
-        )
+    if why := config.contradiction():
+        raise InputError("the model's configuration contradicts itself", where=where, why=why)

@@ -15,6 +15,7 @@ from afq_export.files import sha256_file
 from afq_export.load.checkpoint import FloatCheckpoint, TensorSource
 from afq_export.load.config import read_config
 from afq_export.load.gguf import GgufSource
+from afq_export.load.origin import folder_origin, gguf_origin
 from afq_export.load.safetensors import SafetensorsSource
 from afq_export.spec.catalog import demo_model
 
@@ -52,7 +53,7 @@ def _open_folder(folder: Path, name: str) -> FloatCheckpoint:
     config, _ = read_config(folder)
     source = SafetensorsSource(folder)
     _check_tensors(config, source, str(folder))
-    return FloatCheckpoint(config, source, name, _digest(source.paths), files=folder)
+    return FloatCheckpoint(config, source, name, _digest(source.paths), files=folder, origin=folder_origin(folder))
 
 
 def _open_gguf(path: Path) -> FloatCheckpoint:
@@ -61,7 +62,8 @@ def _open_gguf(path: Path) -> FloatCheckpoint:
     if config.rope is not None:
         config = dataclasses.replace(config, rope=source.rope(config.rope))
     _check_tensors(config, source, str(path))
-    return FloatCheckpoint(config, source, str(path), _digest(source.paths), files=path.parent, gguf=path)
+    digest, origin = _digest(source.paths), gguf_origin(path)
+    return FloatCheckpoint(config, source, str(path), digest, files=path.parent, gguf=path, origin=origin)
 
 
 def _download(name: str) -> Path:

@@ -43,9 +43,10 @@ def _files(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            outside = any(Path(name).name != name or not name.isprintable() for name in names)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError("cannot read the shard index", where=str(index), why=str(error)) from error
-        if any(Path(name).name != name for name in names):
+        if outside:
             raise InputError("the shard index names files outside of its folder", where=str(index))
         return [folder / name for name in names]
     if (folder / SINGLE).exists():

@@ -5,6 +5,7 @@ tokenizer.json, ..., chat_template   as the source model's
 config.json, generation_config.json  the source model's
 recipe.toml, target.toml             what it was made with and for
 report.json, report.md, README.md    what was measured (written by validate)
+LICENSE*, sbom.cdx.json              what comes with the weights; what the bundle contains and was made with
 manifest.json                        sha256 of every file above
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,8 +23,9 @@ from afq_export.errors import InputError
 from afq_export.files import sha256_file, write_text
 from afq_export.load.checkpoint import FloatCheckpoint
 from afq_export.load.config import GENERATION
+from afq_export.load.origin import licence_files
 from afq_export.spec.recipe import Recipe
-from afq_export.spec.report import Manifest, ManifestModel, to_json
+from afq_export.spec.report import Manifest, ManifestModel, ValidationReport, read_report, to_json
 from afq_export.spec.strict import to_toml
 from afq_export.spec.target import BackendName, TargetProfile
 
@@ -57,8 +60,24 @@ class Bundle:
     @property
     def model_bytes(self) -> int:
         """Size of the exported file and of the tensors beside it."""
-        beside = [self.folder / name for name in self.manifest.files if name == f"{self.model.name}.data"]
+        names = (f"{self.model.name}.data", self.model.with_suffix(".bin").name)
+        beside = [self.folder / name for name in names if name in self.manifest.files]
         return sum(path.stat().st_size for path in (self.model, *beside))
+
+    def report(self) -> ValidationReport | None:
+        """What validate wrote, None before it ran. Raises InputError when it does not fit."""
+        path = self.folder / "report.json"
+        if not path.is_file():
+            return None
+        try:
+            return read_report(path.read_bytes())
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InputError(
+                "the report does not fit",
+                where=str(path),
+                why=str(error),
+                do=f"run `afq-export validate {self.folder}`",
+            ) from error
 
 
 def describe(recipe: Recipe, target: TargetProfile, folder: Path) -> None:
@@ -78,6 +97,8 @@ def save_model_files(model: FloatCheckpoint, tokenizer: Any, folder: Path) -> No
     else:
         config = AutoConfig.from_pretrained(model.files, local_files_only=True)
     config.save_pretrained(folder)
+    for path in licence_files(model.files):
+        shutil.copyfile(path, folder / path.name)
     generation = model.files / GENERATION
     if model.gguf is None and generation.is_file():
         # As it is: transformers refuses to write what many published models have in theirs.
@@ -104,7 +125,7 @@ def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except OSError as error:
         raise InputError("not a bundle", where=str(folder), why=f"there is no {MANIFEST}") from error
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError("the manifest does not fit", where=str(folder / MANIFEST), why=str(error)) from error
     for name, digest in manifest.files.items():
         path = folder / name
@@ -152,7 +173,7 @@ def new_manifest(
     name = Path(model.name).name if model.gguf else model.name
     return Manifest(
         files={},
-        model=ManifestModel(name=name, digest=model.digest),
+        model=ManifestModel(name=name, digest=model.digest, origin=model.origin),
         recipe=recipe.name,
         target=target.name,
         runtime=target.runtime,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from afq_export.backends import backend
-from afq_export.files import folder_beside
+from afq_export.files import folder_beside, write_text
 from afq_export.job import Job, versions
 from afq_export.lower.bundle import Bundle, describe, new_manifest, open_bundle, save_model_files, seal
+from afq_export.lower.sbom import SBOM, sbom
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
 
@@ -28,7 +29,9 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
         save_model_files(job.model, job.tokenizer, part)
         describe(job.recipe, job.target, part)
         made = (versions(), job.request.seed, command_line(job))
-        seal(part, new_manifest(job.model, job.recipe, job.target, chosen.PROGRAM, *made))
+        manifest = new_manifest(job.model, job.recipe, job.target, chosen.PROGRAM, *made)
+        write_text(part / SBOM, sbom(manifest.model, checkpoint.digest, manifest.versions))
+        seal(part, manifest)
     return open_bundle(folder)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from afq_export.spec.strict import convert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +37,10 @@ def recorded_request(data: Mapping[str, Any]) -> Request:
     """The request that run.json holds; paths that were relative to the folder of that run are found from here."""
     fields = {field.name for field in dataclasses.fields(Request)}
     known = {key: value for key, value in data.items() if key in fields}
-    known["changes"] = tuple(known.get("changes") or ())
-    base = Path(data.get("cwd", "."))
+    known["changes"] = known.get("changes") or ()
+    base = Path(str(data.get("cwd", ".")))
     for key in ("target", "model", "recipe", "calib", "eval"):
         name = known.get(key)
-        if name and not Path(name).exists() and (base / name).exists():
+        if isinstance(name, str) and name and not os.path.exists(name) and os.path.exists(base / name):
             known[key] = str(base / name)
-    return Request(**known)
+    return convert(known, Request, "run.json: request")
