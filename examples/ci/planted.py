@@ -40,23 +40,35 @@ LAYER = 3
 """Which linear, in the order of the file."""
 
 
+def planted(source: Path, plant: Plant, folder: Path) -> bool:
+    """Writes a copy of the bundle with one regression to `folder`; False when it has no place for that."""
+    bundle = open_bundle(Path(shutil.copytree(source, folder)))
+    found = plant(bundle)
+    seal(bundle.folder, bundle.manifest)
+    return found
+
+
 def main(arguments: list[str], plants: Mapping[str, tuple[Plant, int]] | None = None) -> int:
     """Plants everything that the bundle has a place for; exit code 1 when something was not caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="a bundle, or the run folder around it")
     parser.add_argument("baseline", type=Path, help="what `baseline create` made of it")
     parser.add_argument("--eval", help="its text, where it is not a shipped one")
+    parser.add_argument(
+        "--write", nargs=2, metavar=("NAME", "DIR"), help="only write a bundle with one of them planted"
+    )
     given = parser.parse_args(arguments)
     source = bundle_folder(given.bundle)
+    if given.write:
+        name, written = given.write
+        return 0 if planted(source, PLANTS[name][0], Path(written)) else 1
     text = ["--eval", given.eval] if given.eval else []
     rows = []
     for name, (plant, expected) in (plants or PLANTS).items():
         with tempfile.TemporaryDirectory() as folder:
-            copy = Path(shutil.copytree(source, Path(folder) / "bundle"))
-            bundle = open_bundle(copy)
-            if not plant(bundle):
+            copy = Path(folder) / "bundle"
+            if not planted(source, plant, copy):
                 continue
-            seal(copy, bundle.manifest)
             print(f"== {name}", flush=True)
             code = call(["check", str(copy), "--baseline", str(given.baseline), "--identical", "same-machine", *text])
         rows.append((name, str(code), str(expected), "as it should be" if code == expected else "NOT CAUGHT"))
