@@ -14,12 +14,13 @@ other inputs is refused (runfolder.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from afq_export.calibrate.calibrate import calibrate
-from afq_export.calibrate.result import Calibration, block_path
+from afq_export.calibrate.result import Calibration, block_path, outer_path
 from afq_export.errors import InputError
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.job import Job, versions
@@ -30,8 +31,9 @@ from afq_export.machine import settle
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
 from afq_export.quantize.quantize import quantize
+from afq_export.quantize.tensors import tensor_bits
 from afq_export.report.write import write_reports
-from afq_export.runfolder import RunFolder, prepare
+from afq_export.runfolder import RunFolder, held, prepare
 from afq_export.spec.report import ValidationReport
 from afq_export.validate.run import validate_bundle
 
@@ -45,9 +47,8 @@ class Outcome:
     folder: RunFolder
 
 
-def run(job: Job, progress: Progress, *, fresh: bool = False) -> Outcome:
+def run(job: Job, folder: RunFolder, progress: Progress) -> Outcome:
     """All stages in order. Raises AfqError; a failed verdict is in the report, not an exception."""
-    folder = open_folder(job, fresh=fresh)
     calibration = run_calibrate(job, folder, progress)
     checkpoint = run_quantize(job, folder, calibration, progress)
     bundle = run_lower(job, folder, checkpoint, progress)
@@ -55,24 +56,27 @@ def run(job: Job, progress: Progress, *, fresh: bool = False) -> Outcome:
     return Outcome(report, open_bundle(folder.bundle), folder)
 
 
-def open_folder(job: Job, *, fresh: bool = False) -> RunFolder:
-    """The job's run folder, and torch set as its fingerprint says.
+@contextlib.contextmanager
+def open_folder(job: Job, *, fresh: bool = False) -> Iterator[RunFolder]:
+    """The job's run folder, for this process alone, and torch set as its fingerprint says.
 
-    Raises InputError when the folder belongs to other inputs or cannot be written.
+    Raises InputError when the folder belongs to other inputs, is in use or cannot be written.
     """
     settle(job.threads)
     request = dataclasses.asdict(job.request) | {"model_name": job.model.name, "cwd": str(Path.cwd())}
-    return prepare(job.out, job.fingerprint(), request, fresh)
+    with held(job.out):
+        yield prepare(job.out, job.fingerprint(), request, fresh)
 
 
 def run_calibrate(job: Job, folder: RunFolder, progress: Progress) -> Calibration:
     """The calibrate stage; goes on at the first block that has no result."""
     last = job.model.config.layers - 1
-    if block_path(folder.calibration, last).exists():
+    bits = tensor_bits(job.recipe.activations.bits, job.target) if job.target.static_graph else None
+    if (outer_path(folder.calibration) if bits else block_path(folder.calibration, last)).exists():
         return Calibration(folder.calibration, last + 1)
     with folder.stage("calibrate"):
         return calibrate(
-            job.source, job.recipe, job.records, job.calibration, folder.calibration, job.request.seed, progress
+            job.source, job.recipe, job.records, job.calibration, folder.calibration, job.request.seed, progress, bits
         )
 
 
@@ -122,6 +126,6 @@ def run_validate(
     refuse_other_tokenizer(shipped, job.tokenizer, job.evaluation.ids_NT.flatten(), where)
     with folder.stage("validate"):
         report = complete(validate_bundle(job, folder, checkpoint, calibration, bundle, progress))
-    write_reports(bundle.folder, report)
+    write_reports(bundle.folder, report, bundle.manifest.model.origin)
     seal(bundle.folder, bundle.manifest)
     return report

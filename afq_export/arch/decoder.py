@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -11,6 +12,8 @@ from afq_export.arch import llama, opt
 from afq_export.arch.attention import causal_attention, rope_tables
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import Ops, Weights
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 FAMILIES: dict[str, ModuleType] = {"llama": llama, "opt": opt}
 """Family name -> its module. Adding a family is adding a file and this line."""
@@ -34,9 +37,14 @@ def embed(config: DecoderConfig, weights: Weights, ids_BT: Tensor) -> Tensor:
 
 def block(config: DecoderConfig, ops: Ops, x_BTD: Tensor) -> Tensor:
     """One Transformer block over whole sequences. Returns [B, T, D]."""
+    return run_block(config, ops, x_BTD, causal_attention)
+
+
+def run_block(config: DecoderConfig, ops: Ops, x_BTD: Tensor, attend: Attend) -> Tensor:
+    """The same with `attend`(q, k, v) for attention, unless `ops` have attention of their own (arch/static.py)."""
     arch = family(config)
     q, k, v = arch.attention_in(config, ops, x_BTD, rope_for(config, x_BTD.shape[1], x_BTD.dtype))
-    return arch.attention_out(config, ops, x_BTD, causal_attention(q, k, v))
+    return arch.attention_out(config, ops, x_BTD, getattr(ops, "attend", attend)(q, k, v))
 
 
 def head(ops: Ops, x_BTD: Tensor) -> Tensor:

@@ -138,7 +138,8 @@ def attention_in(
 
 def attention_out(config: DecoderConfig, ops: Ops, x_BTD: Tensor, a_BTHd: Tensor) -> Tensor:
     """Everything of a block after attention: output projection, residual, gated MLP, residual. Returns [B, T, D]."""
-    x = x_BTD + ops.linear("o_proj", a_BTHd.reshape(*a_BTHd.shape[:2], config.heads * config.head_dim))
+    out = ops.linear("o_proj", a_BTHd.reshape(*a_BTHd.shape[:2], config.heads * config.head_dim))
+    x = ops.add("attn_residual", x_BTD, out)
     h = ops.norm("mlp_norm", x)
-    gated = ops.activation(ops.linear("gate_proj", h)) * ops.linear("up_proj", h)
-    return x + ops.linear("down_proj", gated)
+    gated = ops.multiply("gated", ops.activation(ops.linear("gate_proj", h)), ops.linear("up_proj", h))
+    return ops.add("mlp_residual", x, ops.linear("down_proj", gated))

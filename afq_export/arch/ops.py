@@ -31,8 +31,24 @@ class Ops(Protocol):
     def activation(self, x: Tensor) -> Tensor:
         """The MLP's nonlinearity."""
 
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """`x + y`; `name` is the sum's within the block, for runtimes that keep it on a grid of its own."""
 
-class FloatOps:
+    def multiply(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """`x * y`, named like a sum."""
+
+
+class PlainSums:
+    """Sums and products as they are: all that most rungs and runtimes need of them."""
+
+    def add(self, name: str, x, y):
+        return x + y
+
+    def multiply(self, name: str, x, y):
+        return x * y
+
+
+class FloatOps(PlainSums):
     """Plain floating point in the dtype of the weights: the reference for every other rung."""
 
     def __init__(self, config: DecoderConfig, weights: Weights) -> None:

@@ -128,6 +128,7 @@ def attention_in(
 
 def attention_out(config: DecoderConfig, ops: Ops, x_BTD: Tensor, a_BTHd: Tensor) -> Tensor:
     """Everything of a block after attention: output projection, residual, MLP, residual. Returns [B, T, D]."""
-    x = x_BTD + ops.linear("o_proj", a_BTHd.reshape(*a_BTHd.shape[:2], config.heads * config.head_dim))
+    out = ops.linear("o_proj", a_BTHd.reshape(*a_BTHd.shape[:2], config.heads * config.head_dim))
+    x = ops.add("attn_residual", x_BTD, out)
     h = ops.norm("mlp_norm", x)
-    return x + ops.linear("fc2", ops.activation(ops.linear("fc1", h)))
+    return ops.add("mlp_residual", x, ops.linear("fc2", ops.activation(ops.linear("fc1", h))))

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, embed, family
-from afq_export.arch.ops import FloatOps, Weights
+from afq_export.arch.ops import FloatOps, Ops, Weights
 from afq_export.calibrate.learn import BlockProblem, Learned, learn_block, measure
 from afq_export.calibrate.ops import QuantizedPathOps, Records, token_weights
+from afq_export.calibrate.outer import head_grids, rows_grid
 from afq_export.calibrate.parameters import BlockParameters
-from afq_export.calibrate.ranges import observe_ranges
-from afq_export.calibrate.result import BlockResult, Calibration, block_path, read_block, write_block
+from afq_export.calibrate.ranges import observe_ranges, observe_tensors
+from afq_export.calibrate.result import BlockResult, Calibration, block_path, read_block, write_block, write_outer
 from afq_export.calibrate.rounding import round_block, rounded_weights
 from afq_export.calibrate.start import start_parameters
 from afq_export.calibrate.statistics import input_statistics
+from afq_export.calibrate.tensors import linear_ranges, static_ops
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.fold.forms import SiteChoice, choose_forms
 from afq_export.fold.sites import fold_block
@@ -31,8 +33,11 @@ from afq_export.fold.transform import SiteTransform
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.load.corpus import Windows
 from afq_export.progress import Progress
-from afq_export.quantize.checkpoint import LinearRecord
+from afq_export.quantize.activations import fake_quantize_static
+from afq_export.quantize.assign import HEAD
+from afq_export.quantize.checkpoint import LinearRecord, StaticRange
 from afq_export.quantize.quantize import quantize_block
+from afq_export.quantize.tensors import TensorBits, visit_grids
 from afq_export.spec.quant import linear_name
 from afq_export.spec.recipe import Recipe
 from afq_export.spec.report import History
@@ -46,11 +51,13 @@ def calibrate(
     folder: Path,
     seed: int,
     progress: Progress,
+    tensor_bits: TensorBits | None = None,
 ) -> Calibration:
     """Learns every block and writes its result to `folder`; blocks whose file is there are not learned again.
 
     `records`: grid and kernel of every linear, from `assign`. A resumed run ends in the same bytes: a block's learning
     depends on the seed, its index and its inputs only, and the inputs are recomputed with the same operations.
+    `tensor_bits`: of the grids that every tensor gets, None when only linears are static.
     """
     config = model.config
     choices = choose_forms(config, recipe.transforms)
@@ -58,6 +65,10 @@ def calibrate(
     folded = FoldedCheckpoint(model, calibration.transforms())
     x_float = embed(config, model.embedding(), windows.ids_NT)
     x_quant = x_float
+    outer: dict[str, StaticRange] = {}
+    if tensor_bits:
+        outer["hidden"] = rows_grid(model.embedding(), tensor_bits.of("hidden"))
+        x_quant = fake_quantize_static(x_float, outer["hidden"])
     for index in range(config.layers):
         weights = model.block(index)
         roles = family(config).linear_shapes(config)
@@ -68,12 +79,17 @@ def calibrate(
         if not path.exists():
             targets = _targets(config, weights, x_float, x_quant, y_float, recipe)
             importance = token_weights(y_float, recipe.learning.loss)
-            problem = BlockProblem(config, weights, of_block, x_quant, targets, importance)
+            problem = BlockProblem(config, weights, of_block, x_quant, targets, importance, tensor_bits)
             exact = model.block(index, torch.float64)
             result = _learn(problem, exact, choices, recipe, seed + index, index, config.layers, progress)
             write_block(path, result)
         x_quant = _quantized_output(folded, read_block(path), records, index, x_quant, recipe.learning.batch)
         x_float = y_float
+    if tensor_bits:
+        clip = calibration.head_clip(records[HEAD].spec)
+        write_outer(
+            folder, outer | head_grids(config, folded.head(), records[HEAD], clip, x_quant, recipe, tensor_bits)
+        )
     progress("calibrate", config.layers, config.layers)
     return calibration
 
@@ -113,13 +129,16 @@ def _learn(
     folded = {name: tensor.float() for name, tensor in fold_block(sites, transforms, exact).items()}
     clips = {role: clip.detach() for role, clip in learned.parameters.clips().items()}
     done = round_block(problem, folded, clips, recipe.rounding, seed, tick)
-    ranges = {}
+    ranges, tensors = {}, {}
     activations = [record.spec.activation for record in problem.records.values()]
-    if any(grid is not None and not grid.dynamic for grid in activations):
+    if problem.tensor_bits:
+        tensors = observe_tensors(problem, rounded_weights(problem, folded, done), recipe.ranges.method, batch)
+        ranges = linear_ranges(tensors, problem.records)
+    elif any(grid is not None and not grid.dynamic for grid in activations):
         ranges = observe_ranges(problem, rounded_weights(problem, folded, done), recipe.ranges.method, batch)
     final = learned.final_loss if done.loss is None else done.loss
     history = History(rounded, learned.start_loss, final, learned.epochs, learned.events)
-    return BlockResult(transforms, done.clips, ranges, history, done.codes)
+    return BlockResult(transforms, done.clips, ranges, history, done.codes, tensors)
 
 
 @torch.no_grad()
@@ -151,11 +170,14 @@ def _quantized_output(
         if linear.bias is not None:
             weights[f"{linear.spec.role}.bias"] = linear.bias
     final = {linear.spec.role: linear.record for linear in part.linears}
-    ops = QuantizedPathOps(folded.config, weights, final, result.ranges or None)
+    if result.tensors:
+        ops: Ops = static_ops(folded.config, weights, visit_grids(result.tensors))
+    else:
+        ops = QuantizedPathOps(folded.config, weights, final, result.ranges or None)
     return run_block(folded.config, ops, x, batch)
 
 
 @torch.no_grad()
-def run_block(config: DecoderConfig, ops: FloatOps, x_NTD: Tensor, batch: int) -> Tensor:
+def run_block(config: DecoderConfig, ops: Ops, x_NTD: Tensor, batch: int) -> Tensor:
     """One block over all windows, `batch` at a time."""
     return torch.cat([block(config, ops, part) for part in x_NTD.split(batch)])

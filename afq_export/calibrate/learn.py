@@ -12,11 +12,13 @@ from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, family
-from afq_export.arch.ops import Weights
+from afq_export.arch.ops import Ops, Weights
 from afq_export.calibrate.ops import QuantizedPathOps, Records, block_loss, quantized_weights
 from afq_export.calibrate.parameters import BlockParameters
+from afq_export.calibrate.tensors import TensorGrids, static_ops
 from afq_export.fold.sites import fold_block
 from afq_export.fold.transform import condition_number, dominance_margin
+from afq_export.quantize.tensors import TensorBits
 from afq_export.spec.recipe import Learning
 from afq_export.spec.report import EpochRecord
 from afq_export.spec.sites import Form
@@ -42,6 +44,14 @@ class BlockProblem:
     inputs: Tensor
     targets: tuple[Tensor, ...]
     token_weights: Tensor
+    tensor_bits: TensorBits | None = None
+    """Where every tensor of the block lies on a static grid: of how many bits (tensors.py)."""
+
+    def ops(self, weights: Weights) -> Ops:
+        """The quantized path with quantized `weights`, static grids over what each call shows."""
+        if self.tensor_bits:
+            return static_ops(self.config, weights, TensorGrids(self.config, self.tensor_bits))
+        return QuantizedPathOps(self.config, weights, self.records)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +177,7 @@ def train_step(
 
 def block_output_loss(problem: BlockProblem, weights: Weights, part: Tensor) -> Tensor:
     """The loss on the windows `part` with these folded and fake-quantized weights."""
-    y = block(problem.config, QuantizedPathOps(problem.config, weights, problem.records), problem.inputs[part])
+    y = block(problem.config, problem.ops(weights), problem.inputs[part])
     return block_loss(y, tuple(t[part] for t in problem.targets), problem.token_weights[part])
 
 

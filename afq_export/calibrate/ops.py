@@ -36,7 +36,7 @@ class QuantizedPathOps(FloatOps):
         if self.records[role].spec.output != "static":
             return y
         after = self.ranges[role][1] if self.ranges else None
-        return fake_quantize_static(y, after or seen_range(y))
+        return fake_quantize_static(y, after or seen_range(y, self._bits(role)))
 
     def quantized_input(self, role: str, x: Tensor) -> Tensor:
         """`x` on the grid that the linear's input has."""
@@ -45,10 +45,15 @@ class QuantizedPathOps(FloatOps):
             return x
         if not spec.dynamic:
             before = self.ranges[role][0] if self.ranges else None
-            return fake_quantize_static(x, before or seen_range(x))
+            return fake_quantize_static(x, before or seen_range(x, spec.bits))
         if self._shared is None or self._shared[0] is not x or self._shared[1] != spec:
             self._shared = (x, spec, fake_quantize_dynamic(x, spec))
         return self._shared[2]
+
+    def _bits(self, role: str) -> int:
+        """Of the grid that a static linear leaves its result on: that of its input."""
+        spec = self.records[role].spec.activation
+        return spec.bits if spec else 8
 
 
 def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Records) -> dict[str, Tensor]:
@@ -78,7 +83,7 @@ def token_weights(y_NTD: Tensor, loss: Literal["balanced", "mse"]) -> Tensor:
     return overall if loss == "mse" else (overall + 1 / power) / 2
 
 
-def seen_range(x: Tensor) -> StaticRange:
+def seen_range(x: Tensor, bits: int = 8) -> StaticRange:
     """The grid that covers what is seen of a tensor in this call."""
     x = x.detach()
-    return range_grid(float(x.min()), float(x.max()))
+    return range_grid(float(x.min()), float(x.max()), bits)

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from afq_export.errors import InputError
-from afq_export.files import write_beside
+from afq_export.files import write_beside, write_text
 from afq_export.fold.transform import SiteTransform
 from afq_export.quantize.checkpoint import StaticRange
-from afq_export.spec.quant import LinearSpec
+from afq_export.spec.quant import LinearSpec, linear_name
 from afq_export.spec.report import History
 from afq_export.spec.sites import Form
 from afq_export.spec.strict import Data
@@ -24,14 +24,16 @@ from afq_export.spec.strict import Data
 
 @dataclasses.dataclass(frozen=True)
 class BlockResult:
-    """`transforms` by site name (float64), `clips` [O, G] in (0, 1] by role, `ranges` (input, output) by role, and
-    `codes` int8 [O, I] by role where weights are not rounded to nearest."""
+    """`transforms` by site name (float64), `clips` [O, G] in (0, 1] by role, `ranges` (input, output) by role, `codes`
+    int8 [O, I] by role where weights are not rounded to nearest, and `tensors`, the grids of all tensors by name for
+    targets that keep every one on a grid."""
 
     transforms: dict[str, SiteTransform]
     clips: dict[str, Tensor]
     ranges: dict[str, tuple[StaticRange, StaticRange | None]]
     history: History
     codes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    tensors: dict[str, StaticRange] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +51,23 @@ class Calibration:
         """Block index -> transforms by site name, for the fold stage."""
         return lambda index: self.block(index).transforms
 
+    def tensors(self) -> dict[str, StaticRange]:
+        """The grids of all tensors by their full name (`blocks.0.attn_norm`, `hidden`); none when few are static."""
+        found = read_outer(self.folder)
+        for index in range(self.layers if found else 0):
+            found |= {linear_name(index, name): grid for name, grid in self.block(index).tensors.items()}
+        return found
+
     def head_clip(self, spec: LinearSpec) -> Tensor:
         """lm_head stands outside of all blocks: its ranges are not clipped. Ones [O, G]."""
         return torch.ones(spec.outputs, spec.groups)
 
 
-class _Meta(Data):
+class _Meta(Data, omit_defaults=True):
     forms: dict[str, Form]
     ranges: dict[str, tuple[StaticRange, StaticRange | None]]
     history: History
+    tensors: dict[str, StaticRange] = {}
 
 
 def block_path(folder: Path, index: int) -> Path:
@@ -77,7 +87,7 @@ def write_block(path: Path, result: BlockResult) -> None:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError("calibration gave a number that is not finite", where=f"{path.name}: {key}")
     forms = {name: transform.form for name, transform in result.transforms.items()}
-    meta = msgspec.json.encode(_Meta(forms, result.ranges, result.history)).decode()
+    meta = msgspec.json.encode(_Meta(forms, result.ranges, result.history, result.tensors)).decode()
     with write_beside(path) as part:
         save_file(tensors, part, metadata={"afq": meta})
 
@@ -96,4 +106,25 @@ def read_block(path: Path) -> BlockResult:
     }
     clips = {key.removeprefix("clip."): t for key, t in tensors.items() if key.startswith("clip.")}
     codes = {key.removeprefix("codes."): t for key, t in tensors.items() if key.startswith("codes.")}
-    return BlockResult(transforms, clips, meta.ranges, meta.history, codes)
+    return BlockResult(transforms, clips, meta.ranges, meta.history, codes, meta.tensors)
+
+
+def outer_path(folder: Path) -> Path:
+    """The file of what stands outside of all blocks."""
+    return folder / "outer.json"
+
+
+def write_outer(folder: Path, tensors: dict[str, StaticRange]) -> None:
+    """Writes the grids of `hidden`, `final_norm` and `lm_head`, whole or not at all."""
+    write_text(outer_path(folder), msgspec.json.encode(tensors).decode() + "\n")
+
+
+def read_outer(folder: Path) -> dict[str, StaticRange]:
+    """Inverse of `write_outer`; nothing where only linears are static."""
+    path = outer_path(folder)
+    if not path.exists():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, StaticRange])
+    except msgspec.DecodeError as error:
+        raise InputError("cannot read the outer tensors' grids", where=str(path), why=str(error)) from error

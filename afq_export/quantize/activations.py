@@ -115,12 +115,12 @@ def scaled_static(x: Tensor, grid: StaticRange) -> Tensor:
 
 
 def quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
-    """int8 codes of `x` on a stored grid, as whole float32: rounded to even at ties, saturated."""
-    return scaled_static(x, grid).round().add(grid.zero_point).clamp(INT8.qmin, INT8.qmax)
+    """Codes of `x` on a stored grid, as whole float32: rounded to even at ties, saturated."""
+    return scaled_static(x, grid).round().add(grid.zero_point).clamp(grid.qmin, grid.qmax)
 
 
 def dequantize_static(codes: Tensor, grid: StaticRange) -> Tensor:
-    """Float32 of int8 codes on a stored grid."""
+    """Float32 of codes on a stored grid."""
     return (codes - grid.zero_point) * torch.tensor(grid.scale, dtype=torch.float32)
 
 
@@ -131,17 +131,18 @@ def fake_quantize_dynamic(x: Tensor, spec: QuantSpec) -> Tensor:
 
 def fake_quantize_static(x: Tensor, grid: StaticRange) -> Tensor:
     """x on a fixed grid; gradients pass inside the range only."""
-    low, high = (INT8.qmin - grid.zero_point) * grid.scale, (INT8.qmax - grid.zero_point) * grid.scale
+    low, high = (grid.qmin - grid.zero_point) * grid.scale, (grid.qmax - grid.zero_point) * grid.scale
     clamped = x.clamp(low, high) if x.requires_grad else x
     return _StraightThrough.apply(clamped, lambda v: dequantize_static(quantize_static(v, grid), grid))
 
 
-def range_grid(low: float, high: float) -> StaticRange:
-    """The int8 grid that covers [low, high] and has a code for zero."""
+def range_grid(low: float, high: float, bits: int = 8) -> StaticRange:
+    """The grid of `bits` bits that covers [low, high] and has a code for zero."""
     low, high = min(low, 0.0), max(high, 0.0)
-    step = (high - low) / (INT8.qmax - INT8.qmin) or 1.0
+    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    step = (high - low) / (qmax - qmin) or 1.0
     scale = float(torch.tensor(step, dtype=torch.float32).clamp_min(2.0**-100))
-    return StaticRange(scale, max(INT8.qmin, min(INT8.qmax, round(INT8.qmin - low / scale))))
+    return StaticRange(scale, max(qmin, min(qmax, round(qmin - low / scale))), bits)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -22,7 +22,8 @@ def assign(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> dict
     """Every linear's grid and kernel, by name, in running order (lm_head last).
 
     A grid that the target has no kernel for is replaced as `recipe.fallback` says, with a note. lm_head takes dynamic
-    activations whenever the blocks' are quantized: one static int8 grid for all logits would merge most of them.
+    activations whenever the blocks' are quantized (one static int8 grid for all logits would merge most of them), float
+    ones where the target has no such kernel, and the blocks' for targets that run nothing but stored grids.
     Raises InputError when nothing fits, an override matches no linear, or the embedding's bits have no kernel.
     """
     _check_overrides(config, recipe)
@@ -34,9 +35,12 @@ def assign(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> dict
             records[name] = _fit(
                 _spec(name, outputs, inputs, bias, recipe.weights, recipe.activations, recipe), recipe, target
             )
-    head = Activations("none") if recipe.activations.mode == "none" else Activations("dynamic", 8)
+    dynamic = recipe.activations.mode != "none" and any(kernel.activation == "dynamic" for kernel in target.kernels)
+    head = Activations("dynamic", 8) if dynamic else Activations("none")
+    if target.static_graph:
+        head = recipe.activations
     spec = _spec(HEAD, config.vocab, config.hidden, False, recipe.head, head, recipe)
-    if spec.activation is not None and not spec.activation.dynamic:
+    if spec.activation is not None and not spec.activation.dynamic and not target.static_graph:
         raise InputError(
             "no static lm_head",
             where=f"recipe {recipe.name}: an override makes {HEAD}'s activations static",
@@ -50,7 +54,7 @@ def assign(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> dict
 
 def session_options(records: Mapping[str, LinearRecord], target: TargetProfile) -> dict[str, str]:
     """The target's session options and those of the kernels in use. Raises InputError when two kernels disagree."""
-    options = dict(target.onnx.session) if target.onnx else {}
+    options = dict(target.session)
     asked: dict[str, Kernel] = {}
     for kernel in {record.kernel: target.kernel(record.kernel) for record in records.values()}.values():
         for key, value in kernel.session.items():
@@ -65,12 +69,12 @@ def _fit(spec: LinearSpec, recipe: Recipe, target: TargetProfile) -> LinearRecor
     """The record of a linear: its own grid when the target runs it, else the first fallback that it runs."""
     first = target.supports(spec)
     if isinstance(first, Yes):
-        return _record(spec, first.kernel, "")
+        return record_for(spec, first.kernel, "")
     for weight in _fallbacks(spec.weight, recipe):
         candidate = msgspec.structs.replace(spec, weight=weight)
         answer = target.supports(candidate)
         if isinstance(answer, Yes):
-            return _record(candidate, answer.kernel, f"{weight} instead of {spec.weight}: {first.reason}")
+            return record_for(candidate, answer.kernel, f"{weight} instead of {spec.weight}: {first.reason}")
     raise InputError(
         "no kernel",
         where=f"{target.name}: {spec.name}, weight {spec.weight}",
@@ -79,16 +83,17 @@ def _fit(spec: LinearSpec, recipe: Recipe, target: TargetProfile) -> LinearRecor
     )
 
 
-def _record(spec: LinearSpec, kernel: Kernel, note: str) -> LinearRecord:
-    """Scales are rounded to what the kernel keeps and activations lie on its grid: the record says so from here on."""
+def record_for(spec: LinearSpec, kernel: Kernel, note: str = "") -> LinearRecord:
+    """A linear's record: scales are rounded to what the kernel keeps and activations lie on its grid."""
     weight = msgspec.structs.replace(spec.weight, scale_type=kernel.scale_type)
     activation = spec.activation
     if activation is not None and activation.dynamic:
+        grouped = kernel.activation_granularity is Granularity.PER_GROUP
         activation = msgspec.structs.replace(
             activation,
             granularity=kernel.activation_granularity,
             symmetric=kernel.activation_symmetric,
-            group=weight.group if kernel.activation_granularity is Granularity.PER_GROUP else 0,
+            group=(kernel.activation_group or weight.group) if grouped else 0,
         )
     chosen = msgspec.structs.replace(spec, weight=weight, activation=activation, output=kernel.output)
     return LinearRecord(chosen, kernel.name, note=note)
@@ -97,8 +102,8 @@ def _record(spec: LinearSpec, kernel: Kernel, note: str) -> LinearRecord:
 def _fallbacks(weight: QuantSpec, recipe: Recipe) -> list[QuantSpec]:
     if recipe.fallback == "refuse":
         return []
-    per_channel = QuantSpec(weight.bits, Granularity.PER_CHANNEL, weight.symmetric)
-    return [per_channel] + ([QuantSpec(8, Granularity.PER_CHANNEL)] if recipe.fallback == "int8" else [])
+    coarser = [QuantSpec(weight.bits, g, weight.symmetric) for g in (Granularity.PER_CHANNEL, Granularity.PER_TENSOR)]
+    return coarser + ([QuantSpec(8, Granularity.PER_CHANNEL)] if recipe.fallback == "int8" else [])
 
 
 def _spec(

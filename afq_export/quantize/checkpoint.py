@@ -28,11 +28,22 @@ FORMAT = 1
 OUTER = "outer.safetensors"
 
 
-class StaticRange(Data):
-    """Per-tensor grid of an activation: `real = scale * (code - zero_point)`, int8 codes."""
+class StaticRange(Data, omit_defaults=True):
+    """Per-tensor grid of an activation: `real = scale * (code - zero_point)`, signed codes of `bits` bits."""
 
     scale: float
     zero_point: int
+    bits: int = 8
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return (1 << (self.bits - 1)) - 1
 
 
 class LinearRecord(Data):
@@ -90,21 +101,25 @@ class QuantizedEmbedding:
         return {key: t.contiguous() for key, t in named.items() if t is not None}
 
 
-class QuantFile(Data):
+class QuantFile(Data, omit_defaults=True):
     """The content of quant.json."""
 
     format: int
-    config: dict[str, Any]
+    config: DecoderConfig
     linears: tuple[LinearRecord, ...]
     embedding_bits: int
     embedding_group: int
     provenance: dict[str, Any]
     sha256: dict[str, str]
+    tensors: dict[str, StaticRange] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A quantized decoder, read lazily from `folder`. `digest` is the sha256 of quant.json, which names the others'."""
+    """A quantized decoder, read lazily from `folder`. `digest` is the sha256 of quant.json, which names the others'.
+
+    `tensors` are the grids of all tensors by name (arch/static.py), where the target keeps every one on a grid.
+    """
 
     folder: Path
     config: DecoderConfig
@@ -113,12 +128,28 @@ class QuantizedCheckpoint:
     embedding_group: int
     provenance: dict[str, Any]
     digest: str
+    tensors: dict[str, StaticRange] = dataclasses.field(default_factory=dict)
+
+    def block_tensors(self, index: int) -> dict[str, StaticRange]:
+        """Grids of the tensors of block `index` by their name within it."""
+        prefix = linear_name(index, "")
+        return {name.removeprefix(prefix): grid for name, grid in self.tensors.items() if name.startswith(prefix)}
+
+    def outer_tensors(self) -> dict[str, StaticRange]:
+        """Grids of `hidden`, `final_norm` and `lm_head`."""
+        return {name: grid for name, grid in self.tensors.items() if not name.startswith("blocks.")}
 
     def linear(self, name: str) -> QuantizedLinear:
         """The linear called `blocks.<i>.<role>` or `lm_head`."""
         record = self.records[name]
         file = OUTER if record.spec.block is None else _block_file(record.spec.block)
         tensors = self._read(file, f"{name}.")
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        expected = {"codes": (record.spec.outputs, record.spec.inputs)}
+        expected["scales"] = (record.spec.outputs, record.spec.groups)
+        if any(shapes.get(key) != shape for key, shape in expected.items()):
+            why = f"{shapes}, expected {expected}"
+            raise InputError("tensors that are not quant.json's", where=f"{self.folder / file}: {name}", why=why)
         return QuantizedLinear(record, tensors["codes"], tensors["scales"], tensors.get("bias"))
 
     def block(self, index: int) -> dict[str, QuantizedLinear]:
@@ -169,6 +200,7 @@ def write_checkpoint(
     embedding: QuantizedEmbedding,
     outer: QuantizedPart,
     provenance: dict[str, Any],
+    tensors: dict[str, StaticRange] | None = None,
 ) -> QuantizedCheckpoint:
     """Writes a checkpoint to `folder`, whole or not at all, block by block, and opens it.
 
@@ -190,7 +222,7 @@ def write_checkpoint(
             save(_block_file(index), block, {})
         save(OUTER, outer, embedding.tensors())
         content = QuantFile(
-            FORMAT, config.to_dict(), tuple(records), embedding.bits, embedding.group, provenance, digests
+            FORMAT, config, tuple(records), embedding.bits, embedding.group, provenance, digests, tensors or {}
         )
         write_text(part_folder / "quant.json", msgspec.json.format(msgspec.json.encode(content)).decode() + "\n")
     return open_checkpoint(folder)
@@ -201,13 +233,15 @@ def open_checkpoint(folder: Path) -> QuantizedCheckpoint:
     path = folder / "quant.json"
     try:
         data = msgspec.json.decode(path.read_bytes(), type=QuantFile)
-        config = DecoderConfig.from_dict(data.config)
     except OSError as error:
         raise InputError("no quantized checkpoint", where=str(folder), why=error.strerror or str(error)) from error
-    except (msgspec.DecodeError, TypeError, KeyError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError("quant.json does not fit", where=str(path), why=str(error)) from error
     if data.format != FORMAT:
         raise InputError("unknown format", where=str(path), why=f"format {data.format}, this version reads {FORMAT}")
+    config = data.config
+    if why := config.contradiction() or _contradiction(data):
+        raise InputError("quant.json contradicts itself", where=str(path), why=why)
     expected = {_block_file(index) for index in range(config.layers)} | {OUTER}
     for file in sorted(expected):
         if not (folder / file).is_file():
@@ -222,7 +256,18 @@ def open_checkpoint(folder: Path) -> QuantizedCheckpoint:
         embedding_group=data.embedding_group,
         provenance=data.provenance,
         digest=sha256_file(path),
+        tensors=data.tensors,
     )
+
+
+def _contradiction(data: QuantFile) -> str:
+    """Why the linears are not those of the configuration; empty when they are."""
+    shapes = family(data.config).linear_shapes(data.config)
+    inside = {linear_name(i, role): shape[:2] for i in range(data.config.layers) for role, shape in shapes.items()}
+    expected = inside | {"lm_head": (data.config.vocab, data.config.hidden)}
+    found = {record.spec.name: (record.spec.outputs, record.spec.inputs) for record in data.linears}
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    return f"{wrong[0]} is {found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}" if wrong else ""
 
 
 def dequantize(codes_OI: Tensor, scales_OG: Tensor, group: int) -> Tensor:

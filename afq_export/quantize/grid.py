@@ -11,14 +11,26 @@ from torch import Tensor
 
 from afq_export.spec.quant import Granularity, QuantSpec, ScaleType
 
-SMALLEST_SCALE = 2.0**-100
-"""A group of zeros or denormals gets this scale: its codes are 0, and neither the scale nor its inverse overflows."""
+SMALLEST_SCALE = {
+    ScaleType.FLOAT32: 2.0**-100,
+    ScaleType.BFLOAT16: 2.0**-100,
+    ScaleType.FLOAT16: 2.0**-14,
+    ScaleType.STEPS: 2.0**-90,
+}
+"""A group of zeros or denormals gets this scale: its codes are 0, and neither the scale nor its inverse overflows. In
+float16 it is the smallest normal number: accelerators flush less than that to 0."""
+STORED = {ScaleType.BFLOAT16: torch.bfloat16, ScaleType.FLOAT16: torch.float16}
+"""What kernels keep scales in, other than float32."""
+LARGEST_STEP = 16
+"""Of a row's groups, in units of that row: QNN's block scales have 4 bits, for 1 to 16."""
 
 
 def weight_scales(weight_OI: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor:
     """Scales [O, G] for ranges of `clip` times each group's largest absolute value. Differentiable in both."""
     scales = clip_OG * grouped(weight_OI, spec).abs().amax(-1) / spec.qmax
-    return round_scales(scales.clamp_min(SMALLEST_SCALE), spec.scale_type)
+    if spec.granularity is Granularity.PER_TENSOR:
+        scales = scales.amax(0, keepdim=True).expand_as(scales)
+    return round_scales(scales.clamp_min(SMALLEST_SCALE[spec.scale_type]), spec.scale_type)
 
 
 def weight_codes(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
@@ -56,10 +68,23 @@ def grouped(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def round_scales(scales: Tensor, scale_type: ScaleType) -> Tensor:
-    """Scales as the kernel keeps them (bfloat16: round to nearest even), gradient passed straight through."""
-    if scale_type is ScaleType.FLOAT32:
+    """Scales as the kernel keeps them (halves: round to nearest even), gradient passed straight through."""
+    if scale_type is ScaleType.STEPS:
+        steps, unit = block_steps(scales.detach())
+        return steps.float() * unit + (scales - scales.detach())
+    if scale_type not in STORED:
         return scales
-    return scales + (scales.detach().bfloat16().to(scales.dtype) - scales.detach())
+    return scales + (scales.detach().to(STORED[scale_type]).to(scales.dtype) - scales.detach())
+
+
+def block_steps(scales_OG: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales as whole multiples of one number per row: steps uint8 [O, G] of 1 to LARGEST_STEP, units float32 [O, 1].
+
+    Units have 16 significant bits, so that steps * unit is exact and the same comes out of what it gives.
+    """
+    bits = (scales_OG.amax(-1, keepdim=True) / LARGEST_STEP).contiguous().view(torch.int32)
+    unit = ((bits + 0x80) & ~0xFF).view(torch.float32)
+    return (scales_OG / unit).round().clamp(1, LARGEST_STEP).to(torch.uint8), unit
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -40,7 +40,10 @@ def quantize(
     """Integers of every linear and embedding row, written to `folder`. One block in memory at a time."""
     config = folded.config
     head = folded.head()
-    head_clip = calibration.head_clip(records[HEAD].spec)
+    head_clip, tensors = calibration.head_clip(records[HEAD].spec), calibration.tensors()
+    of_head = records[HEAD]
+    if tensors:
+        of_head = msgspec.structs.replace(of_head, input=tensors["final_norm"], output=tensors[HEAD])
     outer_floats = {f"head.float.{key}": t for key, t in head.items() if not key.startswith(HEAD)}
     rows = folded.embedding()
     outer_floats |= {f"embedding.float.{key}": t for key, t in rows.items() if key != "embed_tokens.weight"}
@@ -56,8 +59,9 @@ def quantize(
         config,
         blocks(),
         quantize_embedding(rows["embed_tokens.weight"], embedding),
-        QuantizedPart((quantize_linear(records[HEAD], head, head_clip, HEAD),), outer_floats),
+        QuantizedPart((quantize_linear(of_head, head, head_clip, HEAD),), outer_floats),
         provenance,
+        tensors,
     )
 
 

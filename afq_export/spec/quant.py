@@ -21,10 +21,13 @@ class Granularity(enum.Enum):
 
 
 class ScaleType(enum.Enum):
-    """What the kernel stores scales in; scales are rounded to it *before* the integers are computed."""
+    """What the kernel stores scales in; scales are rounded to it *before* the integers are computed. `steps`: a group's
+    scale is a whole multiple of one float per output (Qualcomm's LPBQ)."""
 
+    STEPS = "steps"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 class QuantSpec(Data):

@@ -142,11 +142,44 @@ class Refused(Data):
     reason: str
 
 
+class NpuLayer(Data):
+    """A layer as an NPU's compiler estimates it. An operator that it fuses counts with the one that it is fused to."""
+
+    name: str
+    cycles: int
+    macs: int
+    sram_bytes: int
+
+
+class NpuEstimate(Data, kw_only=True):
+    """What an NPU's compiler says a call will take; nothing here executes the command stream.
+
+    `tokens` are those that the call takes. `operators` after fusing; `outside`: what does not run on the NPU, and how often. `layers` in running order.
+    """
+
+    compiler: str
+    tokens: int
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    clock_hz: float
+    cycles: int
+    seconds: float
+    macs: int
+    sram_bytes: int
+    dram_bytes: int
+    flash_bytes: int
+    operators: int
+    outside: dict[str, int] = {}
+    layers: tuple[NpuLayer, ...] = ()
+
+
 class Coverage(Data):
-    """What was lowered to which kernel, and what stays outside."""
+    """What was lowered to which kernel, what stays outside, and an NPU compiler's estimates where there are some."""
 
     lowered: tuple[Lowered, ...] = ()
     refused: tuple[Refused, ...] = ()
+    estimates: tuple[NpuEstimate, ...] = ()
 
 
 class Cost(Data):
@@ -182,6 +215,33 @@ class History(Data):
     events: tuple[str, ...] = ()
 
 
+class Site(Data):
+    """One fold site of every block. `form` null: no transform, `reason` says why; `refused`: form -> why not here."""
+
+    name: str
+    kind: str
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+    asked: str
+    form: str | None
+    shift: bool
+    reason: str
+    refused: dict[str, str]
+
+
+class Size(Data):
+    """Bytes of the program, by what they hold."""
+
+    linears: int
+    head: int
+    embedding: int
+    rest: int
+
+    @property
+    def total(self) -> int:
+        return self.linears + self.head + self.embedding + self.rest
+
+
 class Artifact(Data):
     """The exported file."""
 
@@ -209,7 +269,8 @@ class DeviceReport(Data, kw_only=True):
     `max_relative_error`: largest difference over the largest |logit|. `here` and `there`: the two perplexities,
     `excess_stderr` the standard error of their ratio. `own_top1`, `own_max_relative_error`: this machine against
     itself, windows cut into other calls: what float rounding alone does. `seconds`: per window on the device; under
-    emulation they say nothing of its speed. 1e300 stands for what is no number.
+    emulation they say nothing of its speed. 1e300 stands for what is no number. `first_other`: window and token of the
+    first logits that are not equal.
     """
 
     device: str
@@ -234,6 +295,10 @@ class DeviceReport(Data, kw_only=True):
     there: Perplexity
     seconds: tuple[float, ...]
     note: str = ""
+    processor: str = ""
+    first_other: tuple[int, int] | None = None
+    folder: str = ""
+    """What was left there on request."""
 
 
 class ValidationReport(Data, kw_only=True):
@@ -257,10 +322,25 @@ class ValidationReport(Data, kw_only=True):
     cost: Cost
     artifact: Artifact | None
     checks: tuple[Check, ...]
+    size: Size | None = None
+    """Of the exported file; what it holds besides rows and linears is the rest of its bytes."""
+    sites: tuple[Site, ...] = ()
+    """What was folded where, the same in every block."""
     calibration: tuple[History, ...] = ()
     """Per block, in order; empty when the calibration is not at hand."""
     devices: tuple[DeviceReport, ...] = ()
-    """Devices that `validate --on` named."""
+    """Devices that `validate --device` named."""
+
+
+class Origin(Data):
+    """What a model says of itself: licence (SPDX where it is one) and the model that it was made from; else empty."""
+
+    licence: str = ""
+    base_model: str = ""
+
+
+UNKNOWN = Origin()
+"""That of a model that says nothing."""
 
 
 class ManifestModel(Data):
@@ -268,6 +348,7 @@ class ManifestModel(Data):
 
     name: str
     digest: str
+    origin: Origin = UNKNOWN
 
 
 class Manifest(Data, kw_only=True):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Annotated, Literal
 
+import msgspec
 from msgspec import Meta
 
 from afq_export.spec.quant import Granularity, LinearSpec, ScaleType
@@ -15,15 +17,18 @@ class Kernel(Data):
     """One integer linear kernel of the runtime: what it accepts, and the arithmetic it promises.
 
     `stored_bits` is what a code occupies in the file. `symmetric` weights have zero point 0. `group_multiple_of`,
-    `groups` (all sizes there are), `inputs_multiple_of`, `outputs_multiple_of` and `takes_bias` are hard limits of the
-    kernel; with `ragged_groups` the last group may be short. `scale_type` is what it keeps scales in. `arithmetic` is
+    `groups` (all sizes there are), `inputs_multiple_of`, `inputs_at_least`, `outputs_multiple_of` and `takes_bias` are
+    hard limits of the kernel; with `ragged_groups` the last group may be short. `scale_type` is what it keeps scales in. `arithmetic` is
     `module.function` of the integer model in afq_export/validate/integer. `max_relative_error` 0 means bit for bit
     (`==`); otherwise it is the bound on |kernel - model| over the largest |output|, and `reason` says why it is not 0.
+    `max_steps` is such a bound too, in steps of the grid that the output is left on. `perplexity_budget` and
+    `agreement_floor` are the target's for programs with this kernel, where its steps decide more tokens; 0: no others.
 
     `activation_granularity` and `activation_symmetric` are the grid that a dynamic kernel puts its input on (a group is
-    the weight's group); `output` is `static` when it leaves its result on a stored grid. `runs_as` is the operator
-    that the runtime's profile must show, `session` the session options that it needs, `opset` the least ONNX opset
-    that has its types.
+    `activation_group` inputs, or the weight's group where that is 0); `output` is `static` when it leaves its result on
+    a stored grid. `runs_as` is the operator that the runtime's profile must show, `session` the session options that it needs, `opset` the least ONNX opset
+    that has its types. `stated_by` is the vendor's page that says so, where nothing here can; empty: a test of this
+    package exercises the kernel.
     """
 
     name: str
@@ -36,6 +41,16 @@ class Kernel(Data):
         "onnxruntime.dynamic_per_token",
         "onnxruntime.dynamic_per_block",
         "onnxruntime.weight_only",
+        "qnn.static",
+        "openvino.dynamic_per_group",
+        "openvino.weight_only",
+        "coreml.weight_only",
+        "vulkan.weight_only",
+        "vulkan.dynamic_per_group",
+        "tosa.static",
+        "cmsis_nn.static_per_channel",
+        "cmsis_nn.rows",
+        "unknown",
     ]
     weight_bits: tuple[int, ...]
     stored_bits: int
@@ -43,12 +58,14 @@ class Kernel(Data):
     activation: Literal["dynamic", "static", "none"]
     activation_bits: int = 8
     activation_granularity: Granularity = Granularity.PER_TOKEN
+    activation_group: int = 0
     activation_symmetric: bool = False
     output: Literal["float", "static"] = "float"
     group_multiple_of: int = 1
     groups: tuple[int, ...] = ()
     ragged_groups: bool = False
     inputs_multiple_of: int = 1
+    inputs_at_least: int = 1
     outputs_multiple_of: int = 1
     takes_bias: bool = True
     scale_type: ScaleType = ScaleType.FLOAT32
@@ -56,7 +73,11 @@ class Kernel(Data):
     session: dict[str, str] = {}
     opset: int = 0
     max_relative_error: float = 0.0
+    max_steps: float = 0.0
+    perplexity_budget: float = 0.0
+    agreement_floor: float = 0.0
     reason: str = ""
+    stated_by: str = ""
 
     def refusal(self, spec: LinearSpec) -> str:
         """Why this kernel does not run `spec`; empty when it does."""
@@ -85,6 +106,8 @@ class Kernel(Data):
             return f"{self.name} takes a multiple of {self.outputs_multiple_of} outputs, not {spec.outputs}"
         if spec.inputs % self.inputs_multiple_of:
             return f"{self.name} takes a multiple of {self.inputs_multiple_of} inputs, not {spec.inputs}"
+        if spec.inputs < self.inputs_at_least:
+            return f"{self.name} takes {self.inputs_at_least} inputs or more, not {spec.inputs}"
         return ""
 
 
@@ -128,7 +151,92 @@ class OnnxOptions(Data):
     session: dict[str, str] = {}
 
 
-BackendName = Literal["xnnpack", "onnxruntime", "qnn", "ethos-u", "cortex-m", "coreml", "vulkan", "openvino"]
+class OpenvinoOptions(Data):
+    """How OpenVINO runs the program: `device`, and `properties` that may change the arithmetic, as it names them.
+
+    Both go into the bundle, the properties also into the program, where plugins look for them.
+    """
+
+    device: str = "CPU"
+    properties: dict[str, str] = {}
+
+
+class CoremlOptions(Data):
+    """What a Core ML program needs: the least system version, as coremltools names it (states and int4 need iOS18)."""
+
+    deployment_target: Literal["iOS18", "iOS26"] = "iOS18"
+
+
+class Trap(Data):
+    """Weights of `weight_bits` that the runtime would take and compute otherwise than asked, and how."""
+
+    weight_bits: tuple[int, ...]
+    reason: str
+
+
+class Sdk(Data):
+    """A vendor's kit that lowering needs and no package registry has.
+
+    `module` is the Python module that it brings, `variable` what names its folder; either is enough to have it.
+    `licence` is whose terms hold for what it makes.
+    """
+
+    name: str
+    version: str
+    get: str
+    module: str = ""
+    variable: str = ""
+    licence: str = ""
+
+
+class QnnOptions(Data):
+    """How Qualcomm's HTP runs the graphs: `htp_arch` and `soc_model` as the QNN SDK numbers them, which the compiled
+    context is for; `provider` are further options of the QNN execution provider. `operator_steps`: how far an
+    operator's result may be from what the file says, in steps of its grid, by bits of the program's activations and
+    kind of operator (validate/qnn.py); 0 for the others."""
+
+    htp_arch: int
+    soc_model: int
+    opset: int = 23
+    ir_version: int = 11
+    provider: dict[str, str] = {}
+    operator_steps: dict[str, dict[str, int]] = {}
+
+    def steps(self, bits: int) -> dict[str, int]:
+        """`operator_steps` of programs with activations of `bits` bits."""
+        return self.operator_steps.get(str(bits), {})
+
+
+class CortexMOptions(Data):
+    """Memory of the board that a program may take; what does not fit is refused before any work.
+
+    `sram_kb` holds activations, the cache's tensors and lm_head's widened rows during a call, `flash_kb` the program.
+    """
+
+    sram_kb: Annotated[int, Meta(ge=1)]
+    flash_kb: Annotated[int, Meta(ge=1)]
+    decode: bool = True
+
+
+class EthosUOptions(Data):
+    """The NPU and the system around it: names of Vela's configuration, and the memory that a program may take.
+
+    `sram_kb` holds activations and the cache's tensors while a call runs, `flash_kb` weights, token rows and tables;
+    what does not fit is refused before any work. `decode` adds a method that takes one token: its own command stream,
+    with the weights once more.
+    """
+
+    accelerator: str
+    system_config: str
+    memory_mode: str
+    sram_kb: Annotated[int, Meta(ge=1)]
+    flash_kb: Annotated[int, Meta(ge=1)]
+    decode: bool = True
+
+
+BackendName = Literal[
+    "xnnpack", "onnxruntime", "qnn", "ethos-u", "cortex-m", "coreml", "vulkan", "openvino", "vendor-sdk"
+]
 """The modules of afq_export/backends."""
 
 
@@ -142,13 +250,31 @@ class TargetProfile(Data):
     name: str
     description: str
     status: Literal["verified", "compiles", "untested"]
-    runtime: Literal["executorch", "onnxruntime"]
+    runtime: Literal["executorch", "onnxruntime", "openvino"]
     backend: BackendName
     default_recipe: str
     shapes: Shapes
     kernels: tuple[Kernel, ...]
     onnx: OnnxOptions | None = None
     """What an `onnxruntime` target needs besides; None for the others."""
+    openvino: OpenvinoOptions | None = None
+    """The same for an `openvino` target."""
+    coreml: CoremlOptions | None = None
+    """The same for a `coreml` target."""
+    sdk: Sdk | None = None
+    """What a `vendor-sdk` target waits for."""
+    sources: tuple[str, ...] = ()
+    """Pages of the vendor that state what no test here exercises: `title, address`."""
+    qnn: QnnOptions | None = None
+    """What a target of the backend `qnn` needs besides; None for the others."""
+    cortex_m: CortexMOptions | None = None
+    """What a target of the backend `cortex-m` needs besides."""
+    ethos_u: EthosUOptions | None = None
+    """What a target of the backend `ethos-u` needs besides."""
+    static_graph: bool = False
+    """Programs hold no float tensor: calibration gives every tensor a stored grid, lm_head's input too."""
+    elementwise_bits: Literal[0, 16] = 0
+    """Bits of a static graph's tensors that no matrix product takes; 0: those of the others."""
     embedding_bits: tuple[int, ...] = (8, 32)
     tools: tuple[str, ...] = ()
     float_ops: tuple[str, ...] = ()
@@ -159,9 +285,21 @@ class TargetProfile(Data):
     agreement_floor: float = 0.995
     """Least share of teacher-forced tokens at which the exported file and the integer reference agree."""
     traps: tuple[str, ...] = ()
+    refused: tuple[Trap, ...] = ()
+    """Weights that are refused with their own reason, whatever the kernels say."""
+
+    @property
+    def session(self) -> dict[str, str]:
+        """Options of the runtime's session that all kernels share."""
+        if self.onnx is not None:
+            return self.onnx.session
+        return self.openvino.properties if self.openvino is not None else {}
 
     def supports(self, spec: LinearSpec) -> Yes | No:
         """The first kernel that runs `spec`, or why none does."""
+        trap = next((trap for trap in self.refused if spec.weight.bits in trap.weight_bits), None)
+        if trap is not None:
+            return No(trap.reason)
         reasons = []
         for kernel in self.kernels:
             reason = kernel.refusal(spec)
@@ -170,6 +308,15 @@ class TargetProfile(Data):
             reasons.append(reason)
         near = [r for r, k in zip(reasons, self.kernels, strict=True) if spec.weight.bits in k.weight_bits]
         return No("; ".join(near or reasons))
+
+    def bounded(self, kernels: Collection[str]) -> TargetProfile:
+        """This target with the bounds that hold for programs with `kernels`."""
+        used = [self.kernel(name) for name in kernels]
+        return msgspec.structs.replace(
+            self,
+            perplexity_budget=max([self.perplexity_budget, *(kernel.perplexity_budget for kernel in used)]),
+            agreement_floor=min([self.agreement_floor, *(k.agreement_floor for k in used if k.agreement_floor)]),
+        )
 
     def kernel(self, name: str) -> Kernel:
         """The kernel called `name`. Raises KeyError when the target has none."""

@@ -49,7 +49,10 @@ def explain_disagreements(
     measurement: Measurement,
     progress: Progress = silent,
 ) -> list[Disagreement]:
-    """One entry per token where `runtime` and `integer` choose differently. Needs that pair in `measurement`."""
+    """One entry per token where `runtime` and `integer` choose differently. Needs that pair in `measurement`.
+
+    A program without float tensors has no float32 noise: what is no near tie is `unexplained` (see single_steps.py).
+    """
     pair = measurement.pairs["integer", "runtime"]
     reference, runtime = measurement.rungs["integer"].top1, measurement.rungs["runtime"].top1
     flips: dict[int, list[FlippedStep]] = {}
@@ -58,7 +61,7 @@ def explain_disagreements(
     for number, (window, position) in enumerate(places):
         progress("disagreements", number, len(places))
         margin = float(pair.margin[window, position])
-        if margin > NEAR_TIE and window not in flips:
+        if margin > NEAR_TIE and window not in flips and not checkpoint.tensors:
             flips[window] = list(flipped_steps(checkpoint, target, ids_NT[window]))
         upstream = (flip.layer for flip in flips.get(window, ()) if flip.position <= position)
         layer = None if margin <= NEAR_TIE else next(upstream, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
@@ -24,11 +24,13 @@ from afq_export.validate.rungs import (
     ComparedParts,
     FloatParts,
     FloatRung,
+    QuantizedRung,
     Rung,
     TorchParts,
     fake_quant_rung,
     integer_rung,
 )
+from afq_export.validate.single_steps import with_reasons
 
 if TYPE_CHECKING:
     from afq_export.runtime.session import Session
@@ -63,6 +65,8 @@ class Subject:
     cost: spec.Cost = dataclasses.field(default_factory=spec.Cost)
     artifact: spec.Artifact | None = None
     calibration: tuple[spec.History, ...] = ()
+    size: spec.Size | None = None
+    sites: tuple[spec.Site, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +77,9 @@ class Runtime:
     `float_parts` gives the runtime's own float operators, run alone: with them the integer reference can be compared
     bit for bit; without them (None) torch computes between the linears, and float32 noise flips a code now and then.
     `more` are checks that only this runtime needs, on tokens int64 [T]. A target that nothing here runs has neither
-    session nor, perhaps, probe (None): `absent` says why.
+    session nor, perhaps, probe (None): `absent` says why. `reference` is the integer reference of a program that has no
+    float operator; None: the linears' integer models, with float operators between them. `steps`: by how many its
+    tensors may be off, 1 where nothing is said (single_steps.py).
     """
 
     open_session: Callable[[], Session] | None
@@ -81,6 +87,8 @@ class Runtime:
     float_parts: Callable[[Session], FloatParts] | None = None
     more: Callable[[Tensor], list[Check]] | None = None
     absent: str = ""
+    reference: Callable[[], Rung | Session] | None = None
+    steps: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +118,12 @@ def validate(
     checks.append(_fold_check(fold, subject))
     layers, layer_check = _layers(subject, runtime, effort, progress)
     checks.append(layer_check)
-    if runtime.more and "runtime" in rungs:
+    if runtime.more and ("runtime" in rungs or runtime.open_session is None):
         checks += runtime.more(subject.windows.ids_NT[0])
-    disagreements = _disagreements(subject, measurement, progress)
+    disagreements = _disagreements(subject, runtime, measurement, progress)
     checks.append(_reference_check(subject.target, figures["fake_quant"].value, figures["integer"].value))
-    checks += _runtime_checks(subject.target, measurement, disagreements)
+    bounded = subject.target.bounded({record.kernel for record in subject.checkpoint.records.values()})
+    checks += _runtime_checks(bounded, measurement, disagreements)
     agreement = _agreements(measurement)
     ordered = tuple(sorted(checks, key=_order))
     return ValidationReport(
@@ -129,7 +138,7 @@ def validate(
             kl=agreement["integer", "runtime"].kl if "runtime" in rungs else None,
             against_float={rung: value for (reference, rung), value in agreement.items() if reference == "float"},
             disagreements=tuple(disagreements),
-            float_operators=parts.name if parts else TorchParts.name,
+            float_operators=parts.name if parts else "none" if runtime.reference else TorchParts.name,
             bit_for_bit=_bit_for_bit(measurement),
         ),
         fold=spec.FoldReport(
@@ -144,6 +153,8 @@ def validate(
         artifact=subject.artifact,
         checks=ordered,
         calibration=subject.calibration,
+        size=subject.size,
+        sites=subject.sites,
     )
 
 
@@ -185,7 +196,7 @@ def _rungs(
             rungs[name] = FloatRung(weights)
     rungs["fake_quant"] = fake_quant_rung(subject.checkpoint)
     checkpoint, target = subject.checkpoint, subject.target
-    rungs["integer"] = integer_rung(checkpoint, target)
+    rungs["integer"] = runtime.reference() if runtime.reference else integer_rung(checkpoint, target)
     if runtime.open_session is None:
         checks.append(_skipped("rung runtime", runtime.absent))
         return rungs, None
@@ -198,6 +209,8 @@ def _rungs(
         reason = f"windows of {subject.windows.length} tokens, the file takes {session.context}"
         checks.append(_skipped("rung runtime", reason))
         return rungs, None
+    if runtime.reference:
+        return rungs | {"runtime": session}, None
     parts = ComparedParts(runtime.float_parts(session)) if runtime.float_parts else None
     return rungs | {"integer": integer_rung(checkpoint, target, parts=parts), "runtime": session}, parts
 
@@ -262,16 +275,25 @@ def _layers(
     detail = f"{exact} of {len(layers)} linears equal the integer model bit for bit on {len(ids_T)} tokens"
     if exact < len(layers) and not wrong:
         worst = max(layer.max_relative_error or 0.0 for layer in layers)
-        detail += f", the others within the target's bound (largest error {worst:.1e})"
+        steps = max(layer.max_steps or 0.0 for layer in layers)
+        in_steps = f", {steps:.0f} steps of an output's grid" if subject.target.static_graph else ""
+        detail += f", the others within the target's bound (largest error {worst:.1e}{in_steps})"
     if wrong:
         detail += f"; {len(wrong)} depart, first {wrong[0]}"
     return layers, Check(name="layers", status="failed" if wrong else "passed", detail=detail)
 
 
-def _disagreements(subject: Subject, measurement: Measurement, progress: Progress) -> list[spec.Disagreement]:
+def _disagreements(
+    subject: Subject, runtime: Runtime, measurement: Measurement, progress: Progress
+) -> list[spec.Disagreement]:
     if "runtime" not in measurement.rungs:
         return []
-    return explain_disagreements(subject.checkpoint, subject.target, subject.windows.ids_NT, measurement, progress)
+    ids_NT = subject.windows.ids_NT
+    found = explain_disagreements(subject.checkpoint, subject.target, ids_NT, measurement, progress)
+    reference = runtime.reference() if runtime.reference else None
+    if not isinstance(reference, QuantizedRung):
+        return found
+    return with_reasons(reference, ids_NT, found, runtime.steps)
 
 
 def _runtime_checks(
@@ -337,6 +359,8 @@ def _order(check: Check) -> int:
         "reference",
         "layers",
         "kernels",
+        "decode",
+        "operators",
         "specification",
         "saturation",
         "ort file",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import msgspec
+
 from afq_export.backends import backend
 from afq_export.calibrate.result import Calibration
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.job import Job
 from afq_export.load.model import expected_shapes
 from afq_export.lower.bundle import Bundle
+from afq_export.plan import program_size, sites
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
 from afq_export.runfolder import RunFolder, peak_rss_mb
@@ -30,6 +33,7 @@ def validate_bundle(
 ) -> ValidationReport:
     """The ladder on the exported file of `bundle`, on the job's evaluation windows."""
     runtime = backend(bundle.backend)
+    counted = program_size(job)
     parameters = sum(math.prod(shape) for shape in expected_shapes(job.model.config).values())
     subject = Subject(
         checkpoint=checkpoint,
@@ -53,6 +57,8 @@ def validate_bundle(
         artifact=Artifact(
             bytes=bundle.model_bytes, sha256=bundle.manifest.files[bundle.model.name], name=bundle.model.name
         ),
+        size=msgspec.structs.replace(counted, rest=bundle.model_bytes - counted.total + counted.rest),
+        sites=sites(job),
         calibration=tuple(calibration.block(index).history for index in range(calibration.layers)),
     )
     return validate(subject, runtime.runtime(bundle, job.target, checkpoint), progress=progress)

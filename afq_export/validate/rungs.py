@@ -13,16 +13,19 @@ from torch import Tensor
 from afq_export.arch import decoder
 from afq_export.arch.attention import apply_rope, causal_attention
 from afq_export.arch.config import DecoderConfig
-from afq_export.arch.ops import FloatOps, Ops, Weights, activate
+from afq_export.arch.ops import FloatOps, Ops, PlainSums, Weights, activate
+from afq_export.arch.static import StaticOps
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.quantize.activations import (
     dequantize_static,
+    fake_quantize_static,
     quantize_dynamic,
     quantize_static,
     scaled_static,
     unrounded,
 )
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.quantize.tensors import Grids, on_constant_grids, visit_grids
 from afq_export.spec.target import TargetProfile
 from afq_export.validate.integer.linear import integer_linear
 
@@ -133,9 +136,7 @@ class Rung(Protocol):
 
 def run_block(rung: Rung, ops: Ops, x_BTD: Tensor) -> Tensor:
     """One block of `rung` over whole sequences, [B, T, D]."""
-    config, arch = rung.config, decoder.family(rung.config)
-    q, k, v = arch.attention_in(config, ops, x_BTD, decoder.rope_for(config, x_BTD.shape[1], x_BTD.dtype))
-    return arch.attention_out(config, ops, x_BTD, rung.attend(q, k, v))
+    return decoder.run_block(rung.config, ops, x_BTD, rung.attend)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ class FloatRung:
         return causal_attention(q_BTHd, k_BTKd, v_BTKd)
 
 
-class FakeQuantOps:
+class FakeQuantOps(PlainSums):
     """Dequantized codes times fake-quantized activations, a float32 matmul: what training and calibration see."""
 
     def __init__(self, config: DecoderConfig, linears: Mapping[str, QuantizedLinear], floats: Weights) -> None:
@@ -184,7 +185,7 @@ class FakeQuantOps:
         return self.float_ops.activation(x)
 
 
-class IntegerOps:
+class IntegerOps(PlainSums):
     """The target's integer kernels, exactly; what lies between them as `parts` computes it."""
 
     def __init__(
@@ -235,6 +236,17 @@ class ObservedOps:
     def activation(self, x: Tensor) -> Tensor:
         return self.ops.activation(x)
 
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return self.ops.add(name, x, y)
+
+    def multiply(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        return self.ops.multiply(name, x, y)
+
+    @property
+    def attend(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """That of `ops`, when they have one."""
+        return self.ops.attend
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedRung:
@@ -251,14 +263,25 @@ class QuantizedRung:
 
     def embed(self, ids_NT: Tensor) -> Tensor:
         rows = {"embed_tokens.weight": self.checkpoint.embedding().dequantized()}
-        return decoder.embed(self.config, self._cast(rows | self.checkpoint.embedding_floats()), ids_NT)
+        x_NTD = decoder.embed(self.config, self._cast(rows | self.checkpoint.embedding_floats()), ids_NT)
+        grids = self.checkpoint.tensors
+        return fake_quantize_static(x_NTD, grids["hidden"]) if grids else x_NTD
 
     def block(self, index: int) -> Ops:
-        return self.make_ops(self.checkpoint.block(index), self._cast(self.checkpoint.block_floats(index)))
+        floats, grids = self.checkpoint.block_floats(index), self.checkpoint.block_tensors(index)
+        return self._ops(self.checkpoint.block(index), floats, grids)
 
     def head(self) -> Ops:
         lm_head = {"lm_head": self.checkpoint.linear("lm_head")}
-        return self.make_ops(lm_head, self._cast(self.checkpoint.head_floats()))
+        return self._ops(lm_head, self.checkpoint.head_floats(), self.checkpoint.outer_tensors())
+
+    def _ops(self, linears: Mapping[str, QuantizedLinear], floats: Weights, grids: Grids) -> Ops:
+        """`make_ops`, and around it every tensor's grid where the target keeps all of them on one."""
+        if not grids:
+            return self.make_ops(linears, self._cast(floats))
+        bits = max(grid.bits for grid in grids.values())
+        ops = self.make_ops(linears, self._cast(on_constant_grids(floats, bits)))
+        return StaticOps(self.config, ops, visit_grids(grids))
 
     def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         return self.parts.attention(q_BTHd, k_BTKd, v_BTKd)

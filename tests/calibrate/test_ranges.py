@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from afq_export.calibrate.calibrate import calibrate
-from afq_export.calibrate.ranges import OUTSIDE, SAMPLES, SHRINKS, _Observer
+from afq_export.calibrate.observer import OUTSIDE, SAMPLES, SHRINKS, Observer
 from afq_export.calibrate.result import Calibration, block_path, read_block
 from afq_export.errors import InputError
 from afq_export.load.checkpoint import FloatCheckpoint
@@ -22,8 +22,8 @@ from afq_export.spec.catalog import load_recipe, load_target
 from tests.models import write_model
 
 
-def observed(*batches: torch.Tensor) -> _Observer:
-    observer = _Observer()
+def observed(*batches: torch.Tensor) -> Observer:
+    observer = Observer()
     for batch in batches:
         observer.see(batch)
     return observer

@@ -12,6 +12,7 @@ from torch import Tensor
 from afq_export.arch.attention import rope_tables
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family, head
+from afq_export.arch.ops import PlainSums
 from afq_export.lower.onnx.embedding import write_rows
 from afq_export.lower.onnx.graph import OnnxGraph
 from afq_export.lower.onnx.linears import write_linear
@@ -25,7 +26,7 @@ MASKED = float(np.finfo(np.float32).min)
 """What is added to the score of a token that is not attended to: finite, so that no row becomes NaN."""
 
 
-class OnnxOps:
+class OnnxOps(PlainSums):
     """`arch.ops.Ops` whose operations append nodes. `rope` and `positions` are values of the graph."""
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from afq_export.errors import InputError
 from afq_export.quantize.checkpoint import QuantizedLinear
-from afq_export.validate.integer import onnxruntime, xnnpack
+from afq_export.validate.integer import cmsis_nn, onnxruntime, openvino, qnn, tosa, vulkan, xnnpack
 
 ARITHMETICS: dict[str, Callable[[QuantizedLinear, Tensor], Tensor]] = {
     "xnnpack.dynamic_per_channel": xnnpack.dynamic_per_channel,
@@ -19,6 +19,15 @@ ARITHMETICS: dict[str, Callable[[QuantizedLinear, Tensor], Tensor]] = {
     "onnxruntime.dynamic_per_token": onnxruntime.dynamic_per_token,
     "onnxruntime.dynamic_per_block": onnxruntime.dynamic_per_block,
     "onnxruntime.weight_only": onnxruntime.weight_only,
+    "qnn.static": qnn.static,
+    "openvino.dynamic_per_group": openvino.dynamic_per_group,
+    "openvino.weight_only": onnxruntime.weight_only,
+    "cmsis_nn.static_per_channel": cmsis_nn.static_per_channel,
+    "cmsis_nn.rows": onnxruntime.weight_only,
+    "tosa.static": tosa.static,
+    "coreml.weight_only": onnxruntime.weight_only,
+    "vulkan.weight_only": onnxruntime.weight_only,
+    "vulkan.dynamic_per_group": vulkan.dynamic_per_group,
 }
 """float32 [T, I] to float32 [T, O]. Adding an arithmetic is adding a function, its line here and its name in
 `Kernel.arithmetic`."""
