@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import re
 import sys
@@ -10,9 +9,11 @@ import tomllib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from afq_export.errors import InputError, MissingToolError
+from afq_export.errors import InputError
+from afq_export.extras import PARTS, kit_present, missing_here
 from afq_export.machine import cores, cpu_flags, cpu_name, memory_mb
 from afq_export.spec.catalog import TARGETS, data_root, entries, load_target
+from afq_export.spec.device import Kind
 from afq_export.spec.strict import Data
 
 PYTHON = ((3, 11), (3, 14))
@@ -43,12 +44,14 @@ class Tools(Data):
     install: str
 
 
-class Device(Data):
-    """An emulation that `validate --on` can use: what is set up, and else what to do."""
+class Extra(Data):
+    """A package that only some targets need: the extra that brings it, what is found, whose terms hold for it."""
 
-    kind: str
+    package: str
+    extra: str
     found: str
-    install: str
+    licence: str
+    targets: tuple[str, ...]
 
 
 class Machine(Data):
@@ -69,11 +72,14 @@ class Diagnosis(Data):
     targets: tuple[Tools, ...]
     machine: Machine
     ready: bool
-    devices: tuple[Device, ...] = ()
+    devices: tuple[Kind, ...] = ()
+    extras: tuple[Extra, ...] = ()
 
 
 def diagnose(needed: str = "android-xnnpack") -> Diagnosis:
     """The state of this installation; `needed` is the target that decides `ready`."""
+    from afq_export.device.listing import kinds
+
     packages = tuple(check(name, tested) for name, tested in requirements().items())
     targets = tuple(_tools(entry.name, packages) for entry in entries(TARGETS))
     blocked = any(tools.missing for tools in targets if tools.target == needed)
@@ -81,11 +87,30 @@ def diagnose(needed: str = "android-xnnpack") -> Diagnosis:
     ready = not blocked and python.status == "ok" and not any(p.status == "missing" for p in packages)
     memory = memory_mb()
     machine = Machine(platform.platform(), cpu_name(), cores(), memory and round(memory), cpu_flags())
-    return Diagnosis(python, packages, targets, machine, ready, (_arm64(),))
+    return Diagnosis(python, packages, targets, machine, ready, kinds(), extras())
+
+
+def extras() -> tuple[Extra, ...]:
+    """The packages of PARTS and the vendors' kits, each with the targets that need it."""
+    profiles = [load_target(entry.name) for entry in entries(TARGETS)]
+    found = []
+    for package in dict.fromkeys(part.package for part in PARTS):
+        parts = [part for part in PARTS if part.package == package]
+        modules = {part.module for part in parts}
+        users = tuple(profile.name for profile in profiles if modules & set(profile.tools))
+        found.append(Extra(package, f"[{parts[0].extra}]" if parts[0].extra else "pip --no-deps", parts[0].found or "-", parts[0].licence, users))
+    for profile in profiles:
+        if profile.sdk is not None:
+            here = "found" if kit_present(profile.sdk) else "-"
+            found.append(Extra(profile.sdk.name, "from its vendor", here, profile.sdk.licence, (profile.name,)))
+    return tuple(found)
 
 
 def install(kind: str, say: Callable[[str], None]) -> str:
-    """Sets the emulation of `kind` up and returns its folder. Raises InputError for another kind, MissingToolError."""
+    """Sets up the emulation of `kind` and the runners for it, and returns its folder.
+
+    Raises InputError for another kind, MissingToolError.
+    """
     from afq_export.device.arm64.install import install as install_arm64
 
     if kind != "arm64":
@@ -134,18 +159,8 @@ def _python() -> Package:
     return Package("python", tested, platform.python_version(), "ok" if low <= sys.version_info[:2] < high else "other")
 
 
-def _arm64() -> Device:
-    from afq_export.device.arm64.environment import SET_UP, open_environment
-
-    try:
-        installed = open_environment(check=False).installed
-    except MissingToolError as error:
-        return Device("arm64", error.what, SET_UP.removeprefix("run ").strip("`"))
-    versions = ", ".join(f"{name} {number}" for name, number in installed.versions.items())
-    return Device("arm64", f"{installed.emulator}; {versions}", "")
-
-
 def _tools(target: str, packages: tuple[Package, ...]) -> Tools:
-    missing = tuple(tool for tool in load_target(target).tools if importlib.util.find_spec(tool) is None)
-    lines = {package.name: package.install for package in packages}
-    return Tools(target, missing, " && ".join(lines.get(tool, f"pip install {tool}") for tool in missing))
+    lacks = missing_here(load_target(target))
+    own = {package.name: package.install for package in packages}
+    lines = dict.fromkeys(own.get(name, line) for name, line in lacks.items())
+    return Tools(target, tuple(lacks), " && ".join(lines))

@@ -18,7 +18,7 @@ def command(
 ) -> None:
     """Versions against the tested ones, missing tools with the line that installs them, and the machine.
 
-    `--install arm64` puts an emulator, Python, both runtimes and a runner for 64-bit ARM into $AFQ_CACHE (else
+    `--install arm64` puts an emulator, Python, both runtimes and runners for 64-bit ARM into $AFQ_CACHE (else
     ~/.cache/afq-export), from this machine's own package sources; nothing is installed system-wide. Exit code 3 when
     that cannot be had, or something is missing that the target android-xnnpack needs.
     """
@@ -38,7 +38,8 @@ def _text(found) -> str:
     packages = (found.python, *found.packages)
     rows = tuple((p.name, p.tested, p.found, p.status, "" if p.status == "ok" else p.install) for p in packages)
     targets = tuple((t.target, ", ".join(t.missing) or "nothing", t.install) for t in found.targets)
-    devices = tuple((d.kind, d.found, d.install) for d in found.devices)
+    extras = tuple((e.package, e.extra, e.found, e.licence, ", ".join(e.targets) or "none") for e in found.extras)
+    devices = tuple((d.form, d.found, "; ".join(d.missing) or "nothing", d.do) for d in found.devices)
     machine = found.machine
     memory = "unknown" if machine.memory_mb is None else f"{machine.memory_mb / 1000:.1f} GB"
     lines = {
@@ -51,7 +52,8 @@ def _text(found) -> str:
         (
             Table(("package", "tested", "found", "status", "do"), rows).text(),
             Table(("target", "missing", "do"), targets).text(),
-            Table(("emulation", "found", "do"), devices).text(),
+            Table(("package of some targets", "extra", "found", "licence", "targets"), extras).text(),
+            Table(("device", "found", "missing", "do"), devices).text(),
             "\n".join(f"{name.ljust(12)}  {value}" for name, value in lines.items()),
             "ready" if found.ready else "not ready: see the lines under `do`",
         )

@@ -14,14 +14,27 @@ app = typer.Typer(name="targets", help="Deployment targets: what a device's kern
 
 @app.command("list")
 def list_all(as_json: Json = False) -> None:
-    """Name, status and runtime of every shipped target."""
+    """Status, runtime, what each shipped target accepts and needs, and whether that is on this machine.
+
+    `w4 group a8 dynamic`: 4-bit weights with a scale per group of inputs, int8 activations quantized at run time.
+    """
     from afq_export.report.tables import Table
+    from afq_export.report.targets import target_line
     from afq_export.spec.catalog import load_target
 
-    profiles = [load_target(name) for name in target_names()]
-    rows = tuple((p.name, p.status, p.runtime, p.default_recipe, p.description) for p in profiles)
-    data = [{"name": p.name, "status": p.status, "runtime": p.runtime, "description": p.description} for p in profiles]
-    emit(Table(("target", "status", "runtime", "default recipe", "description"), rows).text(), data, as_json)
+    lines = [target_line(load_target(name)) for name in target_names()]
+    rows = tuple(
+        (
+            line.name,
+            line.status,
+            f"{line.runtime}, {line.backend}",
+            f"no: {', '.join(line.missing)}" if line.missing else "yes",
+            ", ".join(line.needs) or "nothing",
+            "; ".join(line.accepts),
+        )
+        for line in lines
+    )
+    emit(Table(("target", "status", "runtime, backend", "here", "needs", "accepts"), rows).text(), lines, as_json)
 
 
 @app.command()

@@ -64,6 +64,27 @@ def test_zero_rows_and_denormals_give_finite_scales_and_zero_codes() -> None:
     assert weight_codes(weight, scales, spec_of(4, 0))[:2].abs().max() == 0
 
 
+def test_half_scales_are_halves_and_never_flushed() -> None:
+    """float16 where a kernel keeps that: rounded before the codes, and no scale below its least normal number."""
+    spec = QuantSpec(8, Granularity.PER_GROUP, group=4, scale_type=ScaleType.FLOAT16)
+    weight = (
+        torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1e-2, 1e-5, 0, 9])[:, None]
+    )
+    scales = weight_scales(weight, torch.ones(5, 2), spec)
+    assert torch.equal(scales, scales.half().float())
+    assert float(scales.min()) == 2.0**-14
+    assert np.array_equal(weight_codes(weight, scales, spec), oracle_codes(weight.numpy(), scales.numpy(), spec))
+
+
+def test_one_scale_for_a_whole_tensor() -> None:
+    """The widest row's, for every row."""
+    weight = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6)[:, None]
+    rows = weight_scales(weight, torch.ones(5, 1), spec_of(8, 0))
+    scales = weight_scales(weight, torch.ones(5, 1), QuantSpec(8, Granularity.PER_TENSOR))
+    assert torch.equal(scales, rows.max().expand(5, 1))
+    assert int(weight_codes(weight, scales, spec_of(8, 0)).abs().max()) == 127
+
+
 @pytest.mark.parametrize("group", [0, 4])
 def test_fused_gradients_are_the_straight_through_estimators(group: int) -> None:
     spec = spec_of(3, group)

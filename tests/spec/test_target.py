@@ -64,7 +64,7 @@ def test_a_chain_of_bases_is_followed() -> None:
     ("text", "message"),
     [
         ('base = "linux-arm-ort"\n', r"no such target \[linux-arm-ort\].*did you mean linux-arm64-ort\?"),
-        ('base = "nothing like it"\n', r"there are: android-ort, android-xnnpack, linux-arm64-ort, linux-x64-ort"),
+        ('base = "nothing like it"\n', r"there are: android-ort, .*intel-openvino, .*linux-x64-ort"),
         ('base = "../targets/linux-x64-ort"\n', "no such target"),
         ('base = "linux-x64-ort"\ncolour = 1\n', "colour"),
         ('base = "linux-x64-ort"\n[onnx]\ncolour = 1\n', r"colour.*\$\.onnx"),

@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from afq_export.lower.executorch.graph import Tokens
 from afq_export.lower.executorch.segments import Segment
 
-BACKEND = "XnnpackBackend"
-
-
 @torch.library.custom_op("afq_export::segment", mutates_args=())
 def _segment(name: str, inputs: Sequence[Tensor], sizes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
     """Stands for the delegate `name` while the program is traced; `sizes` are the shapes of its results, joined."""
@@ -81,7 +78,7 @@ def _splice(module: torch.fx.GraphModule, segments: Mapping[str, Segment]) -> No
 
 def _lowered(segment: Segment) -> LoweredBackendModule:
     payload = segment.payload
-    lowered = LoweredBackendModule(_Outline(segment), BACKEND, payload.program, [], payload.data)
+    lowered = LoweredBackendModule(_Outline(segment), segment.backend, payload.program, [], payload.data)
     lowered.meta = {"debug_handle_map": {}}
     return lowered
 

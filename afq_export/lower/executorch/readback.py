@@ -71,6 +71,26 @@ class ProgramContent:
         return any(c.startswith(data) and not any(c[len(data) :]) for c in same_size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Delegate:
+    """One delegate of a program: the backend that runs it, and its bytes in that backend's own format."""
+
+    backend: str
+    data: bytes = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A program whatever its delegates: these, how often it calls them and each operator outside them, the constants
+    that delegates name, and those outside (padded)."""
+
+    delegates: tuple[Delegate, ...]
+    delegate_calls: int
+    calls: dict[str, int]
+    constants: dict[str, bytes] = dataclasses.field(repr=False)
+    outside: tuple[bytes, ...] = dataclasses.field(repr=False)
+
+
 def read_linears(pte: bytes) -> list[PackedLinear]:
     """The quantized linears of a program, in running order. Raises InputError when `pte` is no such program."""
     return read_program(pte).linears
@@ -78,26 +98,39 @@ def read_linears(pte: bytes) -> list[PackedLinear]:
 
 def read_program(pte: bytes) -> ProgramContent:
     """Everything `lower_program` checks about a finished program. Raises InputError when `pte` is not one."""
+    outline = read_outline(pte)
+    try:
+        linears = [
+            _linear(node, outline.constants)
+            for delegate in outline.delegates
+            for node in fully_connected(delegate.data)
+            if node.weight.scales
+        ]
+    except (struct.error, ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
+        raise InputError("not a program of this package", why=str(error)) from error
+    linears.sort(key=lambda linear: linear.number)
+    inside = frozenset(outline.constants.values())
+    return ProgramContent(linears, outline.delegate_calls, outline.calls, inside, outline.outside)
+
+
+def read_outline(pte: bytes) -> Outline:
+    """A program's delegates as they are, and what it calls. Raises InputError when `pte` is no program."""
     check_program_header(pte[:HEADER_SIZE], len(pte), "program in memory")
     try:
         file = deserialize_pte_binary(pte)
-        constants = _constants(file)
         plan = file.program.execution_plan[0]
-        linears = [
-            _linear(node, constants)
+        delegates = tuple(
+            Delegate(delegate.id, file.program.backend_delegate_data[delegate.processed.index].data)
             for delegate in plan.delegates
-            for node in fully_connected(file.program.backend_delegate_data[delegate.processed.index].data)
-            if node.weight.scales
-        ]
+        )
         instructions = [instruction.instr_args for chain in plan.chains for instruction in chain.instructions]
         names = [".".join(filter(None, (operator.name, operator.overload))) for operator in plan.operators]
+        calls = collections.Counter(names[call.op_index] for call in instructions if isinstance(call, KernelCall))
     except (struct.error, ValueError, IndexError, KeyError, TypeError, AssertionError) as error:
         raise InputError("not a program of this package", why=str(error)) from error
-    calls = collections.Counter(names[call.op_index] for call in instructions if isinstance(call, KernelCall))
-    delegates = sum(isinstance(call, DelegateCall) for call in instructions)
+    delegate_calls = sum(isinstance(call, DelegateCall) for call in instructions)
     outside = tuple(buffer.storage for buffer in file.program.constant_buffer)
-    linears.sort(key=lambda linear: linear.number)
-    return ProgramContent(linears, delegates, dict(calls), frozenset(constants.values()), outside)
+    return Outline(delegates, delegate_calls, dict(calls), _constants(file), outside)
 
 
 def _constants(file: PTEFile) -> dict[str, bytes]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from afq_export.arch.attention import apply_rope
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family, head
+from afq_export.arch.ops import PlainSums
 from afq_export.errors import InputError
 from afq_export.lower.executorch import weights
 from afq_export.lower.executorch.graph import DType, Payload, Shape, Tokens, XnnGraph, per_tensor
@@ -26,15 +27,16 @@ from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One delegate: what it takes and returns (float32, `Tokens` where the size changes), and its bytes."""
+    """One delegate of `backend`: what it takes and returns (float32, `Tokens` where the size changes), its bytes."""
 
     name: str
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
     payload: Payload
+    backend: str = "XnnpackBackend"
 
 
-class XnnOps:
+class XnnOps(PlainSums):
     """`arch.ops.Ops` whose operations append nodes to a graph. `handles` numbers the linears of the whole program."""
 
     def __init__(
