@@ -17,7 +17,9 @@ from afq_export.commands import (
     baseline,
     calibrate,
     check,
+    device,
     doctor,
+    evaluate,
     generate,
     inspect,
     lower,
@@ -25,7 +27,9 @@ from afq_export.commands import (
     plan,
     quantize,
     recipes,
+    report,
     run,
+    sensitivity,
     targets,
     validate,
 )
@@ -48,6 +52,7 @@ app = typer.Typer(
 for module, panel in (
     (run, "From a model to a bundle"),
     (plan, "From a model to a bundle"),
+    (sensitivity, "From a model to a bundle"),
     (calibrate, "The stages alone"),
     (quantize, "The stages alone"),
     (lower, "The stages alone"),
@@ -55,10 +60,13 @@ for module, panel in (
     (perplexity, "What comes out"),
     (generate, "What comes out"),
     (check, "What comes out"),
+    (report, "What comes out"),
+    (evaluate, "What comes out"),
     (inspect, "What there is"),
 ):
     app.command(module.__name__.rpartition(".")[2], rich_help_panel=panel)(module.command)
 app.add_typer(baseline.app, rich_help_panel="What comes out")
+app.add_typer(device.app, rich_help_panel="What comes out")
 app.add_typer(targets.app, rich_help_panel="What there is")
 app.add_typer(recipes.app, rich_help_panel="What there is")
 app.command("doctor", rich_help_panel="What there is")(doctor.command)

@@ -23,7 +23,7 @@ _MARKS = {
     "run.json": Kind.RUN, "manifest.json": Kind.BUNDLE, "quant.json": Kind.QUANTIZED, "config.json": Kind.MODEL,
 }  # fmt: skip
 """File in a folder -> what the folder is; a bundle has a config.json too, so the order counts."""
-_SUFFIXES = {".pte": Kind.PROGRAM, ".onnx": Kind.PROGRAM, ".gguf": Kind.MODEL}
+_SUFFIXES = {".pte": Kind.PROGRAM, ".onnx": Kind.PROGRAM, ".xml": Kind.PROGRAM, ".gguf": Kind.MODEL}
 
 
 def kind_of(path: Path) -> Kind:

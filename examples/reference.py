@@ -16,8 +16,8 @@ import typer
 from afq_export.cli import app
 from afq_export.files import write_text
 from afq_export.report.tables import Table
+from afq_export.report.targets import long, needs
 from afq_export.spec.catalog import METHODS, SCHEMES, TARGETS, entries, load_target
-from afq_export.spec.target import Kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- made by examples/reference.py -->", "<!-- end -->"
@@ -50,23 +50,17 @@ def between_marks(page: str, made: str) -> str:
     return f"{before}{START}\n\n{made}\n\n{END}{after}"
 
 
-def activations(kernel: Kernel) -> str:
-    """What a kernel does with its input."""
-    return "float activations" if kernel.activation == "none" else f"{kernel.activation} int8 activations"
-
-
 def targets_table() -> Table:
     """What each target accepts and needs."""
     rows = []
     for entry in entries(TARGETS):
         target = load_target(entry.name)
-        accepts = "<br>".join(
-            f"`{kernel.name}`: {kernel.granularity.value} weights of {', '.join(map(str, kernel.weight_bits))} bits, "
-            + activations(kernel)
-            for kernel in target.kernels
-        )
-        rows.append((f"`{target.name}`", target.status, target.runtime, accepts, ", ".join(target.tools) or "nothing"))
-    return Table(("target", "status", "runtime", "accepts", "needs"), tuple(rows))
+        accepts = "<br>".join(map(long, target.kernels))
+        runtime = f"{target.runtime}, {target.backend}"
+        stated = "<br>".join(source.replace(", http", ": http") for source in target.sources)
+        needed = ", ".join(needs(target)) or "nothing"
+        rows.append((f"`{target.name}`", target.status, runtime, accepts, needed, stated))
+    return Table(("target", "status", "runtime, backend", "accepts", "needs", "stated by"), tuple(rows))
 
 
 def recipes_tables() -> str:

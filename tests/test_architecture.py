@@ -16,13 +16,21 @@ PACKAGE, TESTS = ROOT / "afq_export", ROOT / "tests"
 MAX_LINES = 400
 TORCH_FREE = ("torch", "onnx", "executorch", "transformers", "safetensors", "torchao", "optimum")
 HOMES = {
-    "executorch": ("lower/executorch/", "runtime/"),
-    "onnx": ("lower/onnx/", "runtime/saturation.py", "validate/specification.py"),
-    "onnxruntime": ("lower/onnx/", "runtime/", "device/arm64/onnx_runner.py"),
-    "ml_dtypes": ("lower/onnx/", "runtime/saturation.py"),
+    "executorch": ("lower/cortex_m/", "lower/executorch/", "lower/coreml/", "lower/tosa/", "lower/vulkan/", "runtime/"),
+    "tosa_serializer": ("lower/tosa/",),
+    "tosa_reference_model": ("runtime/tosa.py",),
+    "onnx": ("lower/onnx/", "lower/qnn/", "runtime/saturation.py", "validate/specification.py"),
+    "onnxruntime": ("lower/onnx/", "runtime/", "device/runners/onnx_runner.py"),
+    "onnxruntime_qnn": ("runtime/",),
+    "coremltools": ("lower/coreml/", "runtime/library.py"),
+    "torchao": ("lower/vulkan/",),
+    "openvino": ("lower/openvino/", "runtime/"),
+    "ml_dtypes": ("lower/coreml/", "lower/onnx/", "lower/openvino/", "lower/qnn/", "runtime/saturation.py"),
+    "lm_eval": ("zeroshot/",),
+    "datasets": ("zeroshot/",),
     "optimum": ("lower/onnx/interface.py", "load/config.py", "optimum_command.py"),
 }
-"""Package -> the only places that import it. `device/arm64/onnx_runner.py` is what runs on the device."""
+"""Package -> the only places that import it. `device/runners/onnx_runner.py` is what runs on the device."""
 LATER = {
     "backends",
     "cli",
@@ -38,6 +46,7 @@ LATER = {
     "runtime",
     "terminal",
     "validate",
+    "zeroshot",
 }
 MACHINE_PATH = re.compile(r"(?<![\w.$}-])/(?:home|root|Users|work|mnt)/\w")
 """A folder that one machine has. `$HOME/x`, `~/x` and `../shared/x` are no such paths."""
@@ -93,7 +102,7 @@ def test_no_runtime_is_loaded_before_it_is_needed() -> None:
 def test_backends_have_the_same_names() -> None:
     """Those of the Backend protocol, with its parameters."""
     found = {}
-    for name in ("__init__", "executorch", "onnxruntime"):
+    for name in sorted(path.stem for path in (PACKAGE / "backends").glob("*.py")):
         body = parsed(PACKAGE / "backends" / f"{name}.py").body
         if name == "__init__":
             body = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == "Backend").body

@@ -16,12 +16,11 @@ from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
 from afq_export.report.layers import LayerGroup, groups_text, layer_groups
 from afq_export.report.tables import size_mb
 from afq_export.runfolder import RunFolder
-from afq_export.spec.report import read_report
 from afq_export.spec.strict import Data
 from afq_export.spec.target import BackendName
 
 STAGES = ("calibrate", "quantize", "lower", "validate")
-USUAL: dict[str, BackendName] = {".pte": "xnnpack", ".onnx": "onnxruntime"}
+USUAL: dict[str, BackendName] = {".pte": "xnnpack", ".onnx": "onnxruntime", ".xml": "openvino"}
 """Suffix of a program file by itself -> the backend that it is taken for."""
 
 
@@ -99,8 +98,8 @@ def program(path: Path, made_by: BackendName | None = None) -> Facts:
 def bundle(opened: Bundle) -> Facts:
     """A bundle; its files' sha256 were checked when it was opened."""
     manifest, inside = opened.manifest, program(opened.model, opened.backend)
-    report = opened.folder / "report.json"
-    verdict = read_report(report.read_bytes()).verdict if report.is_file() else "not validated yet"
+    report = opened.report()
+    verdict = report.verdict if report else "not validated yet"
     facts = {
         "folder": str(opened.folder),
         "model": manifest.model.name,

@@ -19,6 +19,21 @@ def require_executorch() -> None:
         raise MissingToolError("ExecuTorch is not installed", do='run `pip install "executorch>=1.5.1,<1.6"`')
 
 
+def require_coremltools() -> None:
+    """Raises MissingToolError when coremltools is not installed."""
+    if importlib.util.find_spec("coremltools") is None:
+        raise MissingToolError("coremltools is not installed", do='run `pip install "afq-export[coreml]"`')
+
+
+@functools.cache
+def load_coremltools() -> ModuleType:
+    """coremltools, without what it says of runtimes that this system cannot have. Raises MissingToolError."""
+    require_coremltools()
+    with quiet():
+        import coremltools
+    return coremltools
+
+
 @functools.cache
 def load_runtime() -> ModuleType:
     """ExecuTorch's `portable_lib`, with the operators that our programs call, its exporter and its threads started.

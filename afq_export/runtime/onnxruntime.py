@@ -237,14 +237,19 @@ def write_options(path: Path, options: RunOptions) -> None:
     path.write_text(json.dumps(msgspec.to_builtins(file), indent=1) + "\n", encoding="utf-8")
 
 
-def read_options(path: Path) -> RunOptions:
-    """Inverse of `write_options`. Raises InputError when the file is missing or does not fit."""
+def read_options_file(path: Path) -> OptionsFile:
+    """What the file at `path` says. Raises InputError when it is missing or does not fit."""
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=OptionsFile)
+        return msgspec.json.decode(path.read_bytes(), type=OptionsFile)
     except OSError as error:
         raise InputError("no session options", where=str(path), why=error.strerror or str(error)) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError("the session options do not fit", where=str(path), why=str(error)) from error
+
+
+def read_options(path: Path) -> RunOptions:
+    """Inverse of `write_options`. Raises InputError as `read_options_file` does."""
+    file = read_options_file(path)
     session = {LEVEL: file.graph_optimization_level} | file.config
     return RunOptions(session, file.providers, file.context_length, file.prefill_length)
 

@@ -8,6 +8,7 @@ the fusion did not happen.
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 from afq_export.errors import InputError
 
@@ -32,6 +33,11 @@ def executed(profile: str) -> dict[str, str]:
     if not found:
         raise InputError("no operator in the profile", do="run the session once before profiling ends")
     return found
+
+
+def executed_nodes(profile: str) -> dict[str, int]:
+    """Type of operator -> how many nodes ran as it, by name. Raises InputError as `executed` does."""
+    return dict(sorted(Counter(executed(profile).values()).items()))
 
 
 def _events(profile: str) -> list[dict]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from afq_export.cli import call
+from afq_export.spec.catalog import TARGETS, entries
 from afq_export.spec.report import read_report
 
 
@@ -138,8 +139,11 @@ def test_plan_names_the_fallback(asked, capfd):
 def test_catalogs(capfd, tmp_path: Path):
     assert {recipe["name"] for recipe in answer(capfd, "recipes", "list")["schemes"]} >= {"w4a8", "w8a8-static"}
     targets = {target["name"]: target["status"] for target in answer(capfd, "targets", "list")}
-    assert list(targets) == ["android-ort", "android-xnnpack", "linux-arm64-ort", "linux-x64-ort"]
-    assert set(targets.values()) == {"verified"}
+    assert list(targets) == sorted(entry.name for entry in entries(TARGETS))
+    assert targets["android-xnnpack"] == "verified" and targets["ios-coreml"] == "compiles"
+    lists = {target["name"]: target for target in answer(capfd, "targets", "list")}
+    assert lists["nxp-neutron"]["missing"] == ["eIQ Neutron SDK"] and not lists["linux-x64-ort"]["missing"]
+    assert lists["ios-coreml"]["needs"] == ["executorch", "coremltools [coreml]"]
     own = tmp_path / "own.toml"
     own.write_text('scheme = "w4a8"\n[[override]]\npattern = "lm_head"\nbits = 4\n')
     assert call(["recipes", "show", str(own), "--set", "learning.epochs=3"]) == 0
@@ -153,6 +157,9 @@ def test_catalogs(capfd, tmp_path: Path):
 def test_doctor(capfd, monkeypatch):
     found = answer(capfd, "doctor")
     assert found["ready"] and found["machine"]["cores"] >= 1
+    licences = {extra["package"]: extra["licence"] for extra in found["extras"]}
+    assert "Qualcomm_LICENSE.pdf" in licences["onnxruntime-qnn"] and "NXP" in licences["eIQ Neutron SDK"]
+    assert all(licences.values())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert call(["doctor"]) == 3
     assert 'pip install "executorch>=1.5.1,<1.6"' in capfd.readouterr().out

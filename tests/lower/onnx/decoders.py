@@ -27,6 +27,7 @@ from afq_export.quantize.checkpoint import (
     QuantizedPart,
     write_checkpoint,
 )
+from afq_export.quantize.grid import round_scales
 from afq_export.runtime.onnxruntime import OnnxSession, RunOptions, open_session
 from afq_export.spec.catalog import load_recipe, load_target
 from afq_export.spec.quant import QuantSpec, linear_name
@@ -86,6 +87,7 @@ def linear_of(record: LinearRecord, random: torch.Generator) -> QuantizedLinear:
     )
     codes = random_codes((spec.outputs, spec.inputs), grid, random)
     scales = 2.0 / (grid.qmax * spec.inputs**0.5) * (0.5 + torch.rand(spec.outputs, spec.groups, generator=random))
+    scales = round_scales(scales, grid.scale_type)
     return QuantizedLinear(record, codes, scales, torch.randn(spec.outputs, generator=random) if spec.bias else None)
 
 
