@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from afq_export.errors import InputError
-from afq_export.files import FULL, folder_beside, sweep, write_beside, write_json, write_text
+from afq_export.files import FULL, folder_beside, refuse_unwritable, sweep, write_beside, write_json, write_text
 from afq_export.runfolder import RunFolder, prepare
 
 FACTS = {"weights": "1", "seed": "0"}
@@ -149,3 +149,15 @@ def test_a_stopped_stage_has_its_cost_and_says_its_own_reason(tmp_path: Path, mo
     monkeypatch.undo()
     assert json.loads((tmp_path / "run.json").read_text())["fingerprint"] == FACTS
     assert names(tmp_path) == [".gitignore", "run.json"]
+
+
+def test_what_cannot_be_written_is_refused_before(tmp_path: Path) -> None:
+    """And what can be leaves nothing behind, not even the folders that it will lie in."""
+    (tmp_path / "file").write_text("old")
+    refuse_unwritable(tmp_path / "a b" / "c" / "new.xml")
+    refuse_unwritable(tmp_path / "file")
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "file" / "x", "Not a directory"),
+                      (tmp_path / ("n" * 300), "File name too long")):  # fmt: skip
+        with pytest.raises(InputError, match=f"cannot write.*{why}"):
+            refuse_unwritable(path)
+    assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"

@@ -121,6 +121,34 @@ def test_what_is_missing_or_empty_is_refused(refused: Refused, finished: Path, b
     assert base.read_bytes() == before and list(tmp_path.iterdir()) == []
 
 
+def test_what_cannot_be_written_is_refused_before_measuring(
+    refused: Refused, finished: Path, base: Path, texts, tmp_path: Path
+):
+    """A missing baseline and a broken bundle would be said next: neither was looked at."""
+    (tmp_path / "file").write_text("")
+    unwritable = str(tmp_path / "file" / "check.xml")
+    assert refused(*check(finished, tmp_path / "none", texts[1], "--junit", unwritable)).startswith("cannot write [")
+    create = ["baseline", "create", str(tmp_path / "none"), "--out", str(tmp_path)]
+    assert refused(*create).startswith("there is a baseline already")
+    assert refused(*create[:-1], unwritable).startswith("cannot write [")
+
+
+def test_a_runner_without_a_device_is_refused(refused: Refused, finished: Path, base: Path, texts):
+    line = refused(*check(finished, base, texts[1], "--runner", "own"))
+    assert line == "--runner is for a device [own]; name one with --device"
+    assert refused("validate", str(finished), "--runner", "own").startswith("--runner is for a device [own]")
+
+
+def test_one_document_and_the_verdict_whatever_the_summary(
+    finished: Path, base: Path, texts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "summary.md"))
+    capfd.readouterr()
+    assert call(check(finished, base, texts[1], "--json", "--github")) == 0
+    out = capfd.readouterr()
+    assert json.loads(out.out)["verdict"] == "pass" and "no step summary::cannot write" in out.err
+
+
 def test_a_changed_file_and_a_truncated_baseline(refused: Refused, finished: Path, base: Path, texts, tmp_path: Path):
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "bundle" / "config.json").write_text("{}")

@@ -42,7 +42,7 @@ def test_the_suggestion_is_a_recipe_of_that_size(given: list[str], texts, tmp_pa
     out = capfd.readouterr()
     assert path.read_bytes() == first
     assert out.out.count("blocks.0.") and "1e-3 nats" in out.out
-    assert f"next: afq-export run --recipe {path}" in out.err
+    assert f"--recipe {path}" in out.err
 
 
 def test_run_takes_it(given: list[str], texts, tmp_path: Path, capfd):

@@ -212,8 +212,8 @@ ANSWER = json.dumps({"load": 1.0, "prefill": [1.0], "decode": [0.0], "memory": 5
         (Finished(1, b"", "ImportError: no numpy"), VerdictError, "ended with exit code 1 (ImportError: no numpy)"),
         (Finished(127, b"", "sh: x: not found"), MissingToolError, "the runner does not start [ssh:fake]: sh: x: not"),
         (Finished(126, b"", "Exec format error"), MissingToolError, "Exec format error; give one made for it with"),
-        (Finished(0, b"hello", ""), VerdictError, "its runner says b'hello'"),
-        (Finished(0, b"[1]", ""), VerdictError, "its runner says b'[1]'"),
+        (Finished(0, b"hello", ""), VerdictError, "its runner says 'hello'"),
+        (Finished(0, b"[1]", ""), VerdictError, "its runner says '[1]'"),
         (Finished(0, ANSWER, ""), VerdictError, "a program left no such file"),
     ],
 )

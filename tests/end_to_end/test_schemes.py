@@ -22,11 +22,13 @@ FAST = {
     ("demo-llama", "w4a8-g32"): "awq",
     ("demo-llama", "w4a8-g128"): "rptq",
     ("demo-opt", "w4a8-g32-all4"): "rtn",
+    ("demo-llama", "w4a8-static"): "rtn",
 }
 """One model a scheme, so that the suite stays short; the method is any that is cheap."""
-WEIGHT_ONLY = {"w2a16-g64", "w3a16-g128", "w4a16-g32", "w4a16-g128"}
-"""Schemes that XNNPACK has no kernel for: other targets run them (test_onnx_targets.py)."""
-TAKEN = sorted({entry.name for entry in entries(SCHEMES)} - WEIGHT_ONLY)
+WEIGHT_ONLY = {"w2a16-g64", "w3a16-g128", "w4a16-g32", "w4a16-g128", "w4a16-g32-all4"}
+STATIC_16 = {"w8a16-static", "w4a16-static", "w4a16-static-g32"}
+"""Schemes that XNNPACK has no kernel for: other targets run them (test_onnx_targets.py, test_qnn.py)."""
+TAKEN = sorted({entry.name for entry in entries(SCHEMES)} - WEIGHT_ONLY - STATIC_16)
 CASES = [
     pytest.param(
         model, f"{scheme}+{FAST.get((model, scheme), 'awq')}", marks=() if (model, scheme) in FAST else pytest.mark.slow
@@ -41,9 +43,9 @@ def test_the_suite_has_every_scheme() -> None:
     assert {model for model, _ in FAST} == set(MODELS)
 
 
-@pytest.mark.parametrize("scheme", sorted(WEIGHT_ONLY))
+@pytest.mark.parametrize("scheme", sorted(WEIGHT_ONLY | STATIC_16))
 def test_what_is_left_out_is_what_is_refused(scheme: str) -> None:
-    with pytest.raises(InputError, match="takes dynamic activations, not none"):
+    with pytest.raises(InputError, match="takes dynamic activations, not (none|static)"):
         assign(small_config(), load_recipe(scheme), TARGET)
 
 

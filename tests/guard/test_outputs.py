@@ -125,13 +125,27 @@ def test_summary_page(tmp_path: Path) -> None:
     assert "| 2 | 7 | 0.500 | 4.250 | once␤[␤upon\\|] |" in page
     summary = tmp_path / "summary.md"
     summary.write_text("earlier\n")
-    github.append_summary(page, {github.SUMMARY: str(summary)})
+    assert github.append_summary(page, {github.SUMMARY: str(summary)}) == ""
     assert summary.read_text() == f"earlier\n{page}\n"
-    github.append_summary("x" * (github.MAX_SUMMARY + 1), {github.SUMMARY: str(summary)})
-    assert summary.read_text() == f"earlier\n{page}\n"
-    github.append_summary(page, {})
-    with pytest.raises(InputError, match="cannot write the step summary"):
-        github.append_summary(page, {github.SUMMARY: str(tmp_path / "no" / "summary.md")})
+    assert github.append_summary(page, {}) == ""
+
+
+@pytest.mark.parametrize(("before", "added", "fits"), [(0, 0, True), (0, 1, False), (1, 0, False), (1, -1, True)])
+def test_a_summary_beyond_what_github_shows_is_said(tmp_path: Path, before: int, added: int, fits: bool) -> None:
+    """All that the step wrote counts, to the byte."""
+    summary = tmp_path / "summary.md"
+    summary.write_text("e" * before)
+    said = github.append_summary("x" * (github.MAX_SUMMARY - 1 + added), {github.SUMMARY: str(summary)})
+    assert (said == "") is fits and (len(summary.read_text()) > before) is fits
+    whole = github.MAX_SUMMARY + before + added
+    warning = "::warning title=afq-export check%3A no step summary::"
+    assert fits or said == f"{warning}it would have {whole} bytes, GitHub shows at most {github.MAX_SUMMARY}"
+
+
+def test_a_summary_that_cannot_be_written_changes_no_verdict(tmp_path: Path) -> None:
+    path = tmp_path / "no" / "summary.md"
+    said = github.append_summary("page", {github.SUMMARY: str(path)})
+    assert said.endswith(f"::cannot write {path}: No such file or directory")
 
 
 def test_only_in_a_workflow() -> None:

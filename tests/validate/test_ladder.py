@@ -88,7 +88,7 @@ def test_the_report_survives_json(checkpoint):
     assert set(plain["perplexity"]["float"]) == {"value", "stderr", "tokens"}
     assert {"name", "kernel", "exact", "max_steps", "sqnr_db"} <= set(plain["layers"][0])
     assert {"top1", "kl"} <= set(plain["agreement"])
-    assert set(plain["coverage"]) == {"lowered", "refused"}
+    assert set(plain["coverage"]) == {"lowered", "refused", "estimates"}
     assert set(plain["cost"]) == {"calibrate_s", "export_s", "peak_rss_mb"}
     assert "max_relative_error_float64" in plain["fold"]
 
