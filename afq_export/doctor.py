@@ -98,7 +98,7 @@ def extras() -> tuple[Extra, ...]:
         parts = [part for part in PARTS if part.package == package]
         modules = {part.module for part in parts}
         users = tuple(profile.name for profile in profiles if modules & set(profile.tools))
-        found.append(Extra(package, f"[{parts[0].extra}]" if parts[0].extra else "pip --no-deps", parts[0].found or "-", parts[0].licence, users))
+        found.append(Extra(package, f"[{parts[0].extra}]", parts[0].found or "-", parts[0].licence, users))
     for profile in profiles:
         if profile.sdk is not None:
             here = "found" if kit_present(profile.sdk) else "-"

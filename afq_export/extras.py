@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -57,6 +58,11 @@ PARTS = (
 def part(module: str) -> Part | None:
     """The part called `module`; None for what afq-export itself depends on."""
     return next((part for part in PARTS if part.module == module), None)
+
+
+def packages(tools: Collection[str]) -> tuple[str, ...]:
+    """The packages of PARTS that have one of the modules `tools`, each once."""
+    return tuple(dict.fromkeys(known.package for known in PARTS if known.module in tools))
 
 
 def install_line(module: str) -> str:

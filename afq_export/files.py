@@ -45,6 +45,19 @@ def write_beside(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Raises InputError when no file could be written at `path`: said before long work, not after it.
+
+    Nothing is left behind; a disk that is full later is still for the writer to tell.
+    """
+    with _write_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+
+
 @contextlib.contextmanager
 def folder_beside(path: Path) -> Iterator[Path]:
     """A new folder next to `path`, put in its place when the body ends well (an older one is replaced).

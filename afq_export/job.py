@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import msgspec
 from afq_export import __version__
 from afq_export.backends import backend
 from afq_export.errors import InputError, MissingToolError
-from afq_export.extras import install_line
+from afq_export.extras import install_line, packages
 from afq_export.files import sha256_file
 from afq_export.fold.forms import SiteChoice, choose_forms
 from afq_export.fold.rotation import rotate
@@ -89,7 +89,7 @@ class Job(Prepared):
         facts |= {"tokenizer": self.calibration.tokenizer_digest, "side files": _side_files(self.model)}
         facts |= _flat("recipe", msgspec.to_builtins(self.recipe))
         facts |= _flat("target", msgspec.to_builtins(self.target))
-        facts |= {f"version.{name}": number for name, number in versions().items()}
+        facts |= {f"version.{name}": number for name, number in versions(self.target.tools).items()}
         ids = self.calibration.ids_NT.numpy().tobytes()
         return facts | {"calibration tokens": hashlib.sha256(ids).hexdigest()}
 
@@ -153,13 +153,15 @@ def prepare(request: Request, *, lowers: bool = True) -> Prepared:
 
 
 def missing_tool(target: TargetProfile, records: Mapping[str, LinearRecord]) -> MissingToolError | None:
-    """What lowering to the target waits for on this machine. Raises InputError for kernels that do not fit it."""
-    try:
-        check_tools(target)
-        backend(target.backend).refuse(target, records)
-    except MissingToolError as error:
-        return error
-    return None
+    """What lowering to the target waits for on this machine. Raises InputError for what does not fit the target: no
+    tool helps with that."""
+    found = []
+    for check in (lambda: check_tools(target), lambda: backend(target.backend).refuse(target, records)):
+        try:
+            check()
+        except MissingToolError as error:
+            found.append(error)
+    return found[0] if found else None
 
 
 def open_corpus(name: str) -> Corpus:
@@ -186,10 +188,10 @@ def check_tools(target: TargetProfile) -> None:
             )
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that results depend on."""
+def versions(tools: Collection[str] = ()) -> dict[str, str]:
+    """Versions of the packages that results depend on; `tools` are the modules that a target needs besides."""
     found = {"afq-export": __version__}
-    for name in VERSIONED:
+    for name in (*VERSIONED, *packages(tools)):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

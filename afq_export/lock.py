@@ -41,7 +41,7 @@ def hold(path: Path) -> Iterator[None]:
                 "another run is in this folder",
                 where=str(path.parent),
                 why=_holder(file),
-                do="wait for it, or name another folder with --out",
+                do="wait for it, or work in another folder",
             ) from error
         except OSError as error:
             if error.errno not in NO_LOCKS:

@@ -31,7 +31,11 @@ def kind_of(path: Path) -> Kind:
     if path.is_file():
         if path.suffix in _SUFFIXES:
             return _SUFFIXES[path.suffix]
-        raise InputError("unknown kind of file", where=str(path), do=f"known: {', '.join(_SUFFIXES)}, and folders")
+        raise InputError(
+            "unknown kind of file",
+            where=str(path),
+            do=f"known: {', '.join(_SUFFIXES)}, folders; baselines: `baseline show`",
+        )
     if not path.is_dir():
         raise InputError("no such file or folder", where=str(path))
     for mark, kind in _MARKS.items():

@@ -92,7 +92,7 @@ def run_quantize(job: Job, folder: RunFolder, calibration: Calibration, progress
             "recipe": job.recipe.name,
             "target": job.target.name,
             "seed": job.request.seed,
-            "versions": versions(),
+            "versions": versions(job.target.tools),
         }
         return quantize(folded, calibration, job.records, job.recipe.embedding, folder.quantized, provenance, progress)
 

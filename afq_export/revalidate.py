@@ -16,7 +16,7 @@ from afq_export.quantize.checkpoint import open_checkpoint
 from afq_export.runfolder import RunFolder, held, refuse_difference
 from afq_export.spec.report import ValidationReport
 from afq_export.spec.request import recorded_request
-from afq_export.validate.devices import check_bundle, few_windows, open_devices
+from afq_export.validate.devices import check_bundle, few_windows, open_devices, ready_program
 
 
 def revalidate(
@@ -25,28 +25,31 @@ def revalidate(
     """The ladder on the bundle in `folder`; `changes` are fields of Request that replace those of the run.
 
     `on` names devices that the exported file is to run on as well. Raises MissingToolError when one is not set up, and
-    InputError when a file of the bundle was changed, or model, recipe, target or calibration text are no longer
-    what the run was made from. Versions and threads may differ: whether the bundle still holds is the question.
+    InputError when a run works in the folder, a file of the bundle was changed, or model, recipe, target or calibration
+    text are no longer what the run was made from. Versions and threads may differ: whether the bundle still holds is
+    the question.
     """
     devices = open_devices(on.devices) if on else ()
     data = folder.read()
     given = {key: value for key, value in changes.items() if value is not None}
     request = dataclasses.replace(recorded_request(data.get("request", {})), **given)
-    bundle = open_bundle(folder.bundle, reports=False)
-    job = resolve(dataclasses.replace(request, out=str(folder.path)))
-    settle(job.threads)
-    _refuse_other_inputs(data.get("fingerprint", {}), job, folder)
-    checkpoint = open_checkpoint(folder.quantized)
-    calibration = Calibration(folder.calibration, job.model.config.layers)
-    few_NT = few_windows(job.evaluation.ids_NT, on.windows, on.window) if on else job.evaluation.ids_NT[:0]
+    with held(folder.path):  # from the first hash on, so that what is checked is what is measured
+        bundle = open_bundle(folder.bundle, reports=False)
+        if on:
+            ready_program(bundle, on, devices)
+        job = resolve(dataclasses.replace(request, out=str(folder.path)))
+        settle(job.threads)
+        _refuse_other_inputs(data.get("fingerprint", {}), job, folder)
+        checkpoint = open_checkpoint(folder.quantized)
+        calibration = Calibration(folder.calibration, job.model.config.layers)
+        few_NT = few_windows(job.evaluation.ids_NT, on.windows, on.window) if on else job.evaluation.ids_NT[:0]
 
-    def with_devices(report: ValidationReport) -> ValidationReport:
-        if not on:
-            return report
-        found = check_bundle(bundle, job.target, checkpoint, on, devices, few_NT, progress)
-        return found.added_to(report)
+        def with_devices(report: ValidationReport) -> ValidationReport:
+            if not on:
+                return report
+            found = check_bundle(bundle, job.target, checkpoint, on, devices, few_NT, progress)
+            return found.added_to(report)
 
-    with held(folder.path):
         return run_validate(job, folder, checkpoint, calibration, bundle, progress, with_devices)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import resource
 import shutil
 import time
@@ -27,6 +28,9 @@ IGNORE_ALL = "*\n"
 """The run folder's .gitignore: what is made there is not for a repository."""
 
 LOCK = "run.lock"
+
+FIRST_PARTS = re.compile(r"\.(\.gitignore|run\.json)\.\d+\.part")
+"""What a run that was killed in its first moment leaves half-written (see `write_beside`)."""
 
 SHOWN = 3
 """Differences between two fingerprints that an error names."""
@@ -120,6 +124,7 @@ def prepare(path: Path, fingerprint: dict[str, str], request: dict[str, Any], fr
     folder = RunFolder(path)
     if not (path / "run.json").exists():
         _refuse_other_content(path)
+        sweep(path)
         write_text(path / ".gitignore", IGNORE_ALL)
         write_json(path / "run.json", _new(fingerprint, request))
         return folder
@@ -143,12 +148,15 @@ def _new(fingerprint: dict[str, str], request: dict[str, Any]) -> dict[str, Any]
 
 
 def _refuse_other_content(path: Path) -> None:
-    """Raises InputError unless `path` is free: not there, empty, or left by a run stopped in its first moment."""
+    """Raises InputError unless `path` is free: not there, empty, or left by a run stopped in its first moment.
+
+    Removes nothing: the folder may be someone else's, or of a run that starts just now.
+    """
     if not path.exists():
         return
     if path.is_dir():
-        sweep(path)
-        left = {entry.name: entry for entry in path.iterdir() if entry.name != LOCK}
+        entries = [entry for entry in path.iterdir() if not FIRST_PARTS.fullmatch(entry.name)]
+        left = {entry.name: entry for entry in entries if entry.name != LOCK}
         if not left or (left.keys() == {".gitignore"} and left[".gitignore"].read_bytes() == IGNORE_ALL.encode()):
             return
     raise InputError(

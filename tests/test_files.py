@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from afq_export.errors import InputError
 from afq_export.files import FULL, folder_beside, refuse_unwritable, sweep, write_beside, write_json, write_text
-from afq_export.runfolder import RunFolder, prepare
+from afq_export.runfolder import RunFolder, held, prepare
 
 FACTS = {"weights": "1", "seed": "0"}
 CAUSES = {
@@ -110,6 +110,16 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the output folder is not empty"):
         prepare(tmp_path, FACTS, {}, fresh=True)
     assert names(tmp_path) == [".gitignore"]
+
+
+def test_half_written_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A hidden .part file is ours only by its whole name: other programs call theirs so, too."""
+    (tmp_path / ".film.mkv.part").write_text("half")
+    (tmp_path / ".run.json.12.part").write_text("{")
+    for refusing in (lambda: prepare(tmp_path, FACTS, {}, fresh=True), lambda: held(tmp_path).__enter__()):
+        with pytest.raises(InputError, match="the output folder is not empty"):
+            refusing()
+    assert names(tmp_path) == [".film.mkv.part", ".run.json.12.part"]
 
 
 def test_going_on_sweeps_and_fresh_removes_only_what_runs_make(tmp_path: Path) -> None:

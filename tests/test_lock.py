@@ -14,7 +14,9 @@ import pytest
 
 from afq_export.errors import InputError
 from afq_export.lock import hold
-from afq_export.runfolder import held
+from afq_export.progress import silent
+from afq_export.revalidate import revalidate
+from afq_export.runfolder import LOCK, held, prepare
 
 HOLDER = """
 import sys, time
@@ -78,3 +80,12 @@ def test_a_folder_of_someone_else_gets_no_lock_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not empty"), held(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_validation_waits_for_nobody_and_looks_at_nothing_before(tmp_path: Path) -> None:
+    """There is no bundle here: the lock is what is met first, so no file is hashed that a run is about to replace."""
+    folder = prepare(tmp_path, {}, {"tiny": True}, fresh=False)
+    with hold(tmp_path / LOCK), pytest.raises(InputError, match="another run is in this folder"):
+        revalidate(folder, silent)
+    with pytest.raises(InputError, match="not a bundle"):
+        revalidate(folder, silent)

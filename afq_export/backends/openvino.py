@@ -38,18 +38,19 @@ LINEAR_BYTES = 5_000
 
 def refuse(target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
     """Kernels of another runtime, no OpenVINO, no such device."""
-    from afq_export.lower.openvino.linears import ARITHMETICS, STORED
-    from afq_export.runtime import openvino
+    from afq_export.runtime.openvino import require_device
 
     if target.openvino is None:
         raise InputError(
             "the target has no [openvino] table", where=target.name, do='start from base = "intel-openvino"'
         )
+    require_device(target.openvino.device)
+    from afq_export.lower.openvino.linears import ARITHMETICS, STORED  # imports OpenVINO
+
     for kernel in {record.kernel: target.kernel(record.kernel) for record in records.values()}.values():
         if kernel.arithmetic not in ARITHMETICS or kernel.stored_bits not in STORED:
             why = f"arithmetic {kernel.arithmetic}, {kernel.stored_bits} bits stored"
             raise InputError("OpenVINO has no such kernel", where=f"{target.name}: {kernel.name}", why=why)
-    openvino.require_device(target.openvino.device)
 
 
 def overhead(config: DecoderConfig, records: Mapping[str, LinearRecord], target: TargetProfile) -> int:

@@ -86,8 +86,10 @@ def write(
 
 def open_session(bundle: Bundle):
     """The compiled programs, in the simulator."""
+    from afq_export.runtime.qnn import require_qnn
     from afq_export.runtime.qnn_session import QnnSession
 
+    require_qnn()
     return QnnSession(bundle.folder)
 
 
@@ -128,6 +130,6 @@ def describe(path: Path) -> tuple[dict[str, Any], list[tuple[str, int, int, str,
     from afq_export.lower.qnn.readback import read_graph
 
     content = read_graph(path)
-    facts = {"opset": content.opset, "operators": sum(content.operators.values()), "float operators": 0}
+    facts = {"opset": content.opset, "operators": sum(content.operators.values())}
     linears = [("MatMul", *linear.codes.shape, linear.weight, linear.activation) for linear in content.linears.values()]
     return facts, linears

@@ -27,6 +27,7 @@ def create(
 ) -> None:
     """Measure a bundle through its runtime and keep what it said of every token. Refuses to overwrite a baseline."""
     taken = window_count(windows)
+    from afq_export.files import refuse_unwritable
     from afq_export.guard.baseline import create as make
     from afq_export.guard.baseline import refuse_overwriting
     from afq_export.guard.file import write_baseline
@@ -35,6 +36,7 @@ def create(
     from afq_export.machine import default_threads, settle
 
     refuse_overwriting(out)
+    refuse_unwritable(out)
     count = threads or default_threads()
     settle(count)
     subject = open_subject(bundle)
@@ -61,6 +63,7 @@ def update(
 
     Measured by the baseline's own protocol. What drifts beyond the limits since the first baseline still fails `check`.
     """
+    from afq_export.files import refuse_unwritable
     from afq_export.guard.baseline import refuse_unsaid, stored_tokens
     from afq_export.guard.baseline import update as put
     from afq_export.guard.file import read_baseline, write_baseline
@@ -73,6 +76,7 @@ def update(
     count = threads or default_threads()
     settle(count)
     old = read_baseline(baseline)
+    refuse_unwritable(baseline)
     before = stored_tokens(old, str(baseline))
     subject = open_subject(bundle)
     cut = windows_of(subject, old.protocol, eval)

@@ -62,9 +62,9 @@ def command(
     """
     import os
 
-    from afq_export.device.names import DeviceRequest, parse_device
+    from afq_export.device.names import DeviceRequest, parse_device, refuse_lone_runner
     from afq_export.errors import AfqError
-    from afq_export.files import write_text
+    from afq_export.files import refuse_unwritable, write_text
     from afq_export.guard import github as annotate
     from afq_export.guard.check import check
     from afq_export.guard.junit import junit as junit_text
@@ -80,7 +80,10 @@ def command(
         "drift": drift, "cumulative": cumulative, "top1": top1, "kl": kl, "size": size, "slowdown": slowdown,
         "identical": identical,
     }  # fmt: skip
+    if junit:
+        refuse_unwritable(junit)
     try:
+        refuse_lone_runner(runner, device)
         asked = read_limits(limits, {name: value for name, value in given.items() if value is not None})
         on = DeviceRequest((parse_device(device),), runner=runner, threads=threads or 1) if device else None
         count = threads or default_threads()
@@ -92,12 +95,14 @@ def command(
             write_text(junit, junit_error(error))
         if annotated:
             note(annotate.error_annotation(error))
-            annotate.append_summary(f"## REFUSED\n\n{error}\n", os.environ)
+            if left_out := annotate.append_summary(f"## REFUSED\n\n{error}\n", os.environ):
+                note(left_out)
         raise
-    emit(text(report), report, as_json)
-    if junit:
+    if junit:  # first: what fails here must not follow a whole document on standard output
         write_text(junit, junit_text(report))
+    emit(text(report), report, as_json)
     if annotated:
         say(annotate.workflow_commands(report))
-        annotate.append_summary(markdown(report), os.environ)
+        if left_out := annotate.append_summary(markdown(report), os.environ):
+            say(left_out)
     raise typer.Exit(0 if report.verdict == "pass" else 1)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from afq_export.backends import backend
-from afq_export.errors import InputError
+from afq_export.errors import InputError, MissingToolError
+from afq_export.extras import install_line
 from afq_export.files import sha256_file
 from afq_export.lower.bundle import Bundle, open_bundle
 from afq_export.paths import Kind
@@ -16,12 +17,23 @@ from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
 from afq_export.report.layers import LayerGroup, groups_text, layer_groups
 from afq_export.report.tables import size_mb
 from afq_export.runfolder import RunFolder
+from afq_export.runtime.qnn import FILE as QNN_FILE
 from afq_export.spec.strict import Data
 from afq_export.spec.target import BackendName
 
 STAGES = ("calibrate", "quantize", "lower", "validate")
-USUAL: dict[str, BackendName] = {".pte": "xnnpack", ".onnx": "onnxruntime", ".xml": "openvino"}
-"""Suffix of a program file by itself -> the backend that it is taken for."""
+USUAL: dict[str, BackendName] = {".onnx": "onnxruntime", ".xml": "openvino"}
+"""Suffix of a program file by itself -> the backend that it is taken for; a .pte says what it is, and
+beside a QNN program lies its model.json."""
+DELEGATES: dict[str, BackendName] = {
+    "XnnpackBackend": "xnnpack",
+    "VulkanBackend": "vulkan",
+    "CoreMLBackend": "coreml",
+    "EthosUBackend": "ethos-u",
+}
+"""ExecuTorch's name of a delegate -> the backend whose programs have it."""
+CORTEX_M = "cortex_m::"
+"""Cortex-M programs have no delegate, but operators of their own."""
 
 
 class Facts(Data):
@@ -85,14 +97,42 @@ def quantized(checkpoint: QuantizedCheckpoint) -> Facts:
 
 
 def program(path: Path, made_by: BackendName | None = None) -> Facts:
-    """A program file: its bytes, and the linears read back from it. `made_by` where it does not show in the name."""
-    inside, linears = backend(made_by or USUAL[path.suffix]).describe(path)
+    """A program file: its bytes, and the linears read back from it. `made_by` where it does not show in the file.
+
+    Raises InputError when it is no program of this package, MissingToolError without what reads its format.
+    """
+    try:
+        inside, linears = backend(made_by or maker(path)).describe(path)
+    except ModuleNotFoundError as error:
+        tool = (error.name or "").split(".")[0]
+        why = f"no Python module {tool}"
+        raise MissingToolError("a tool is missing", where=str(path), why=why, do=install_line(tool)) from error
     groups = tuple(
         LayerGroup("read back from the file", count, outputs, inputs, weight, activation, kernel)
         for (kernel, outputs, inputs, weight, activation), count in Counter(linears).items()
     )
     facts = {"file": str(path), "size": size_mb(path.stat().st_size), "sha256": sha256_file(path)}
     return Facts(Kind.PROGRAM.value, facts | inside, groups)
+
+
+def maker(path: Path) -> BackendName:
+    """The backend that reads a program file by itself. Raises InputError when no backend here made it."""
+    if path.suffix == ".onnx" and (path.parent / QNN_FILE).is_file():
+        return "qnn"
+    if path.suffix != ".pte":
+        return USUAL[path.suffix]
+    from afq_export.lower.executorch.readback import read_outline
+
+    outline = read_outline(path.read_bytes())
+    names = {delegate.backend for delegate in outline.delegates}
+    if not names and any(name.startswith(CORTEX_M) for name in outline.calls):
+        return "cortex-m"
+    found = {DELEGATES.get(name) for name in names} or {"xnnpack"}  # in float it has no delegate
+    made_by = found.pop()
+    if made_by is None or found:
+        why = f"its delegates are of {', '.join(sorted(names))}"
+        raise InputError("not a program of this package", where=str(path), why=why, do=f"known: {', '.join(DELEGATES)}")
+    return made_by
 
 
 def bundle(opened: Bundle) -> Facts:

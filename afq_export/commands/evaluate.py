@@ -48,7 +48,9 @@ def command(
     from afq_export.zeroshot.text import text
 
     require_lm_eval()
-    names = [name.strip() for name in tasks.split(",")]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise InputError("no task is named", where="--tasks", do="arc_easy, for one")
     if len(set(names)) < len(names):
         raise InputError("a task is named twice", where=f"--tasks {tasks}")
     if float_model and compare:

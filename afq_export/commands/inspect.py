@@ -12,7 +12,9 @@ from afq_export.terminal import emit
 
 
 def command(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Bundle, run folder, checkpoint, .pte, .gguf or model.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Bundle, run folder, checkpoint, .pte, .onnx, .xml, .gguf or model.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Say what something is, check the digests it carries, list its linears with grids and kernels."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from afq_export.commands.options import Fresh, Json, takes_request
 from afq_export.spec.request import Request
 from afq_export.terminal import emit, note, progress
@@ -18,4 +20,4 @@ def command(request: Request, fresh: Fresh = False, as_json: Json = False) -> No
         bundle = run_lower(job, folder, checkpoint, tick)
     facts = describe.bundle(bundle)
     emit(facts.text(), facts, as_json)
-    note(f"next: afq-export validate {folder.path}")
+    note(f"next: afq-export validate {shlex.quote(str(folder.path))}")

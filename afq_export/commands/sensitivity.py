@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -50,12 +51,14 @@ def command(
     if out is not None and out.suffix != ".toml":
         raise InputError("a recipe's file ends in .toml", where=f"--out {out}")
     from afq_export.commands.stages import say_defaults
-    from afq_export.files import write_text
+    from afq_export.files import refuse_unwritable, write_text
     from afq_export.job import prepare
     from afq_export.machine import settle
     from afq_export.sensitivity.analyse import answer, ask, recipe_text
     from afq_export.sensitivity.report import text
 
+    if out is not None:
+        refuse_unwritable(out)
     job = prepare(
         Request(
             target=target, model=model, recipe=recipe, changes=tuple(changes or ()), calib=calib, seed=seed, tiny=tiny,
@@ -72,4 +75,5 @@ def command(
     emit(text(found), found, as_json)
     if found.most <= found.budget:
         note(f"no program takes more than {found.most / 1e6:.2f} MB: everything has the grid that costs least")
-    note(f"next: afq-export run --recipe {out}" if out else "write the suggestion with --out RECIPE.toml")
+    following = f"next: afq-export run --target {shlex.quote(target)} --recipe {shlex.quote(str(out))}"
+    note(following if out else "write the suggestion with --out RECIPE.toml")

@@ -36,13 +36,14 @@ def command(
     Model, recipe and texts are those that the run folder names. Writes the bundle's reports anew. With --device, the
     file runs there as well (`device list` says what there is). Exit code 1 when a check failed.
     """
-    from afq_export.device.names import DeviceRequest, parse_devices
+    from afq_export.device.names import DeviceRequest, parse_devices, refuse_lone_runner
     from afq_export.paths import run_folder
     from afq_export.report.summary import summary
     from afq_export.revalidate import revalidate
 
     count = window_count(windows)
     folder = run_folder(Path(bundle))
+    refuse_lone_runner(runner, device)
     asked = DeviceRequest(parse_devices(device), device_windows, device_window, runner) if device else None
     with progress() as tick:
         report = revalidate(folder, tick, asked, eval=eval, window=window, eval_windows=count, threads=threads)

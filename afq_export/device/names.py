@@ -52,6 +52,12 @@ class DeviceRequest:
     threads: int = 1
 
 
+def refuse_lone_runner(runner: Path | None, device: object) -> None:
+    """Raises InputError when a runner is given and no device to run it on."""
+    if runner and not device:
+        raise InputError("--runner is for a device", where=str(runner), do="name one with --device")
+
+
 def parse_device(text: str) -> DeviceName:
     """One device. Raises InputError for an unknown kind, an unknown name, or a text of another form."""
     kind, colon, name = text.strip().partition(":")

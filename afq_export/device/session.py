@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -60,6 +60,17 @@ class Limits:
     vocab: int
     context: int
     prefill: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a runner prints (runners/job.h); for linears it has nothing to time."""
+
+    load: float
+    code: tuple[tuple[str, int, int], ...]
+    prefill: tuple[float, ...] = ()
+    decode: tuple[float, ...] = ()
+    memory: float = 0.0
+    version: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +161,13 @@ class DeviceSession:
             logits=None if given is None else torch.from_numpy(given),
             losses=torch.from_numpy(losses),
             choices=torch.from_numpy(choices.astype(np.int64)),
-            load=float(said["load"]),
-            prefill=tuple(said["prefill"]),
-            decode=tuple(said["decode"]),
-            memory=float(said["memory"]),
-            version=str(said.get("version") or self.kit.version),
+            load=said.load,
+            prefill=said.prefill,
+            decode=said.decode,
+            memory=said.memory,
+            version=said.version or self.kit.version,
             operators=operators,
-            code=tuple(map(tuple, said["code"])),
+            code=said.code,
         )
 
     def kernels(self, ids_T: Tensor) -> Kernels:
@@ -195,7 +206,7 @@ class DeviceSession:
         parts = np.split(values, np.cumsum(sizes)[:-1])
         return {name: part.reshape(shape) for name, part, shape in zip(program.inputs, parts, shapes, strict=True)}
 
-    def _ask(self, job: Mapping[str, Any], here: Path, files: Sequence[str]) -> dict[str, Any]:
+    def _ask(self, job: Mapping[str, Any], here: Path, files: Sequence[str]) -> Answer:
         """The runner's answer to a job whose `files` lie in `here`."""
         lines = [f"{key} {value}" for key, value in job.items()]
         lines += [f"threads {self.threads}", *self.program.lines()]
@@ -206,10 +217,9 @@ class DeviceSession:
         finished = self.device.run([*self.kit.command, "job"], folder=self.folder, env=env, timeout=TIMEOUT_S)
         self._refuse(finished)
         try:
-            answer = json.loads(finished.stdout)
-            return answer | {"load": answer["load"], "code": answer["code"]}
-        except (ValueError, TypeError, KeyError) as error:
-            why = f"its runner says {finished.stdout[:60]!r}"
+            return msgspec.json.decode(finished.stdout, type=Answer)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            why = f"its runner says {finished.stdout[:60].decode(errors='replace')!r}"
             raise VerdictError("the exported file does not run", where=self.device.name, why=why) from error
 
     def _refuse(self, finished: Finished) -> None:

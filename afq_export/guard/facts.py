@@ -8,11 +8,17 @@ from collections.abc import Iterator
 import msgspec
 
 from afq_export.backends.onnxruntime import SESSION_FILE
+from afq_export.backends.openvino import PROPERTIES
+from afq_export.extras import PARTS
 from afq_export.job import versions
 from afq_export.lower.bundle import REPORTS, Bundle
 from afq_export.machine import cpu_flags, cpu_name
 from afq_export.runtime.onnxruntime import read_options_file
+from afq_export.runtime.openvino import read_options
+from afq_export.runtime.qnn import FILE as QNN_FILE
+from afq_export.runtime.qnn import read_host_file
 from afq_export.spec.baseline import Facts, Machine, Speed
+from afq_export.spec.catalog import load_target
 from afq_export.spec.guard import Difference
 from afq_export.spec.report import Artifact, Perplexity
 
@@ -36,7 +42,8 @@ def facts_of(bundle: Bundle, perplexity: Perplexity, machine: Machine, speed: Sp
         artifact=Artifact(bundle.model_bytes, manifest.files[bundle.model.name], bundle.model.name),
         files={name: digest for name, digest in manifest.files.items() if name not in REPORTS},
         settings=_settings(bundle),
-        versions=versions() | ({bundle.runtime: runtime} if runtime else {}),
+        versions=versions(load_target(str(bundle.folder / "target.toml")).tools)
+        | ({bundle.runtime: runtime} if runtime else {}),
         machine=machine,
         perplexity=perplexity,
         speed=speed,
@@ -80,8 +87,12 @@ def differences(before: Facts, now: Facts) -> tuple[Difference, ...]:
 
 
 def _arithmetic(before: Facts, now: Facts) -> Iterator[Difference]:
-    """What decides the last bits of a runtime's float operators."""
-    runtime = [{f.runtime: f.versions.get(f.runtime, "")} for f in (before, now)]
+    """What decides the last bits of a runtime's float operators; a provider or a simulator is a package of its own."""
+    own = {part.package for part in PARTS}
+    runtime = [
+        {f.runtime: f.versions.get(f.runtime, "")} | {name: f.versions[name] for name in own & f.versions.keys()}
+        for f in (before, now)
+    ]
     machine = [
         {"architecture": m.architecture, "flags": _words(m.flags), "threads": str(m.threads)}
         for m in (before.machine, now.machine)
@@ -97,12 +108,18 @@ def _between(prefix: str, before: dict[str, str], now: dict[str, str]) -> Iterat
 
 
 def _settings(bundle: Bundle) -> dict[str, str]:
-    """The bundle's session options, flat; empty where the runtime takes none from it."""
-    if SESSION_FILE not in bundle.manifest.files:
-        return {}
-    file = msgspec.to_builtins(read_options_file(bundle.folder / SESSION_FILE))
-    entries = file.pop("config")
-    return {key: _words(value) for key, value in {**file, **entries}.items()}
+    """The bundle's options of its runtime, flat; empty where the runtime takes none from it."""
+    files, found = bundle.manifest.files, {}
+    if SESSION_FILE in files:
+        found = msgspec.to_builtins(read_options_file(bundle.folder / SESSION_FILE))
+        found |= found.pop("config")
+    elif PROPERTIES in files:
+        options = read_options(bundle.folder / PROPERTIES)
+        found = {"device": options.device, "prefill_length": options.prefill, **options.properties}
+    elif QNN_FILE in files:
+        host = read_host_file(bundle.folder)
+        found = {"htp_arch": host.htp_arch, "soc_model": host.soc_model, **host.provider}
+    return {key: _words(value) for key, value in found.items()}
 
 
 def _words(value: object) -> str:

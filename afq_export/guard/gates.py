@@ -13,6 +13,8 @@ from afq_export.spec.baseline import Facts, Speed
 from afq_export.spec.guard import Gate, Limits
 from afq_export.spec.report import Protocol
 
+NO_CLAIM = "not measured: emulated, no speed claim"
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -129,7 +131,8 @@ def _speed(found: Comparison, limit: float | None) -> Iterator[Gate]:
         return
     before, now = found.before.speed, found.now.speed
     if before is None or now is None:
-        yield Gate("speed", "skipped", "the baseline has no speed: make it with --speed")
+        lacks = "the baseline has no speed: make it with --speed" if before is None else NO_CLAIM
+        yield Gate("speed", "skipped", lacks)
         return
     if reason := same_speed(found.before, found.now):
         yield Gate("speed", "skipped", reason)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from afq_export.errors import AfqError, InputError
+from afq_export.errors import AfqError
 from afq_export.guard.text import differences_line, headline
 from afq_export.spec.guard import CheckReport
 
@@ -43,16 +43,28 @@ def error_annotation(error: AfqError) -> str:
     return _command("error", TITLE, str(error))
 
 
-def append_summary(page: str, environment: Mapping[str, str]) -> None:
-    """Adds `page` to the step's, where the runner names a file for it. Raises InputError when it cannot be written."""
+def append_summary(page: str, environment: Mapping[str, str]) -> str:
+    """Adds `page` to the step's, where the runner names a file for it.
+
+    Returns the annotation that says why it is not there, which changes no verdict; empty when it is, or none is wanted.
+    """
     name = environment.get(SUMMARY)
-    if not name or len(page.encode()) > MAX_SUMMARY:
-        return
+    if not name:
+        return ""
     try:
-        with Path(name).open("a", encoding="utf-8") as file:
+        path = Path(name)
+        whole = len(page.encode()) + 1 + (path.stat().st_size if path.exists() else 0)
+        if whole > MAX_SUMMARY:
+            return _left_out(f"it would have {whole} bytes, GitHub shows at most {MAX_SUMMARY}")
+        with path.open("a", encoding="utf-8") as file:
             file.write(page + "\n")
     except OSError as error:
-        raise InputError("cannot write the step summary", where=name, why=error.strerror or str(error)) from error
+        return _left_out(f"cannot write {name}: {error.strerror or error}")
+    return ""
+
+
+def _left_out(why: str) -> str:
+    return _command("warning", f"{TITLE}: no step summary", why)
 
 
 def _command(level: str, title: str, message: str) -> str:

@@ -20,7 +20,8 @@ from afq_export.spec.baseline import Machine, Speed
 def measure_on(
     subject: Subject, windows: Windows, on: DeviceRequest, progress: Progress, reference: Tokens | None, speed: bool
 ) -> Measured:
-    """Every window through the runtime of the one device of `on`, and its speed when asked for (see `measure`).
+    """Every window through the runtime of the one device of `on`, and its speed when asked for (see `measure`), but
+    never that of an emulated one.
 
     Raises MissingToolError when the device is not there, VerdictError when the bundle does not run on it.
     """
@@ -31,7 +32,7 @@ def measure_on(
     with open_session(device, program, limits, runner=on.runner, keep=on.keep, threads=on.threads) as session:
         asked = WindowSession(session, windows.ids_NT)
         stats, tokens, there = record(asked, windows.ids_NT, progress, reference)  # type: ignore[arg-type]
-        timed = bench.measure(session, progress=progress) if speed else None
+        timed = bench.measure(session, progress=progress) if speed and not device.emulated else None
     facts = device.facts()
     flags = tuple(flag for flag in CPU_FLAGS if flag in facts.cpu_features)
     machine = Machine(facts.abi, cpu_name() if facts.kind == "host" else facts.processor, flags, on.threads)

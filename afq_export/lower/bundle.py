@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -76,7 +77,7 @@ class Bundle:
                 "the report does not fit",
                 where=str(path),
                 why=str(error),
-                do=f"run `afq-export validate {self.folder}`",
+                do=f"run `afq-export validate {shlex.quote(str(self.folder))}`",
             ) from error
 
 
@@ -134,7 +135,7 @@ def open_bundle(folder: Path, *, reports: bool = True) -> Bundle:
         if not reports and name in REPORTS:
             continue
         if not path.is_file():
-            do = "run `afq-export validate` on it" if name in REPORTS else "export it again"
+            do = "run `afq-export validate` on its run folder" if name in REPORTS else "export it again"
             raise InputError("a file of the bundle is missing", where=str(path), do=do)
         if sha256_file(path) != digest:
             raise InputError(

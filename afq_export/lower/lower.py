@@ -28,7 +28,7 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
         chosen.write(checkpoint, job.target, part, vector, provenance(checkpoint, job), progress)
         save_model_files(job.model, job.tokenizer, part)
         describe(job.recipe, job.target, part)
-        made = (versions(), job.request.seed, command_line(job))
+        made = (versions(job.target.tools), job.request.seed, command_line(job))
         manifest = new_manifest(job.model, job.recipe, job.target, chosen.PROGRAM, *made)
         write_text(part / SBOM, sbom(manifest.model, checkpoint.digest, manifest.versions))
         seal(part, manifest)
@@ -37,7 +37,7 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
 
 def provenance(checkpoint: QuantizedCheckpoint, job: Job) -> dict[str, str]:
     """What a program says about itself where its format has room: model, recipe, target, digests, versions."""
-    made = {f"version.{name}": number for name, number in versions().items()}
+    made = {f"version.{name}": number for name, number in versions(job.target.tools).items()}
     return {
         "model": Path(job.model.name).name,
         "weights_sha256": job.model.digest,

@@ -75,11 +75,14 @@ def _fit(spec: LinearSpec, recipe: Recipe, target: TargetProfile) -> LinearRecor
         answer = target.supports(candidate)
         if isinstance(answer, Yes):
             return record_for(candidate, answer.kernel, f"{weight} instead of {spec.weight}: {first.reason}")
+    do = f"take another recipe, e.g. {target.default_recipe}, or another fallback than {recipe.fallback!r}"
+    if spec.bias and not any(kernel.takes_bias for kernel in target.kernels):
+        do = "take a model whose linears have no bias, or another target"  # no recipe helps
     raise InputError(
         "no kernel",
         where=f"{target.name}: {spec.name}, weight {spec.weight}",
         why=first.reason if isinstance(first, No) else "",
-        do=f"take another recipe, e.g. {target.default_recipe}, or another fallback than {recipe.fallback!r}",
+        do=do,
     )
 
 

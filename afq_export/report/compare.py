@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from afq_export.errors import InputError
@@ -33,7 +34,9 @@ def open_subject(folder: Path) -> Subject:
     bundle = open_bundle(folder)
     report = bundle.report()
     if report is None:
-        raise InputError("the bundle has no report", where=str(folder), do=f"run `afq-export validate {folder}`")
+        raise InputError(
+            "the bundle has no report", where=str(folder), do=f"run `afq-export validate {quote(str(folder))}`"
+        )
     made = {}
     for kind in ("recipe", "target"):  # as they stand: an older version may have had other keys
         made |= _flat(kind, read_toml(folder / f"{kind}.toml"))

@@ -38,7 +38,7 @@ def target_line(target: TargetProfile) -> TargetLine:
 
 def needs(target: TargetProfile) -> tuple[str, ...]:
     """Modules, with the extra that brings them where it is not part of afq-export itself, and a vendor's kit."""
-    tools = [f"{tool} [{known.extra}]" if (known := part(tool)) and known.extra else tool for tool in target.tools]
+    tools = [f"{tool} [{known.extra}]" if (known := part(tool)) else tool for tool in target.tools]
     return tuple(tools + ([f"{target.sdk.name} {target.sdk.version}"] if target.sdk else []))
 
 

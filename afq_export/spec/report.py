@@ -154,7 +154,8 @@ class NpuLayer(Data):
 class NpuEstimate(Data, kw_only=True):
     """What an NPU's compiler says a call will take; nothing here executes the command stream.
 
-    `tokens` are those that the call takes. `operators` after fusing; `outside`: what does not run on the NPU, and how often. `layers` in running order.
+    `tokens` are those that the call takes. `operators` after fusing; `outside`: what does not run on the NPU, and how
+    often. `layers` in running order.
     """
 
     compiler: str

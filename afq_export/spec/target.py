@@ -18,17 +18,18 @@ class Kernel(Data):
 
     `stored_bits` is what a code occupies in the file. `symmetric` weights have zero point 0. `group_multiple_of`,
     `groups` (all sizes there are), `inputs_multiple_of`, `inputs_at_least`, `outputs_multiple_of` and `takes_bias` are
-    hard limits of the kernel; with `ragged_groups` the last group may be short. `scale_type` is what it keeps scales in. `arithmetic` is
-    `module.function` of the integer model in afq_export/validate/integer. `max_relative_error` 0 means bit for bit
-    (`==`); otherwise it is the bound on |kernel - model| over the largest |output|, and `reason` says why it is not 0.
-    `max_steps` is such a bound too, in steps of the grid that the output is left on. `perplexity_budget` and
-    `agreement_floor` are the target's for programs with this kernel, where its steps decide more tokens; 0: no others.
+    hard limits of the kernel; with `ragged_groups` the last group may be short. `scale_type` is what it keeps scales
+    in. `arithmetic` is `module.function` of the integer model in afq_export/validate/integer. `max_relative_error` 0
+    means bit for bit (`==`); otherwise it is the bound on |kernel - model| over the largest |output|, and `reason` says
+    why it is not 0. `max_steps` is such a bound too, in steps of the grid that the output is left on.
+    `perplexity_budget` and `agreement_floor` are the target's for programs with this kernel, where its steps decide
+    more tokens; 0: no others.
 
     `activation_granularity` and `activation_symmetric` are the grid that a dynamic kernel puts its input on (a group is
     `activation_group` inputs, or the weight's group where that is 0); `output` is `static` when it leaves its result on
-    a stored grid. `runs_as` is the operator that the runtime's profile must show, `session` the session options that it needs, `opset` the least ONNX opset
-    that has its types. `stated_by` is the vendor's page that says so, where nothing here can; empty: a test of this
-    package exercises the kernel.
+    a stored grid. `runs_as` is the operator that the runtime's profile must show, `session` the session options that it
+    needs, `opset` the least ONNX opset that has its types. `stated_by` is the vendor's page that says so, where nothing
+    here can; empty: a test of this package exercises the kernel.
     """
 
     name: str

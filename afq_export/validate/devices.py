@@ -74,14 +74,20 @@ def few_windows(ids_NT: Tensor, windows: int, window: int) -> Tensor:
     return ids_NT[chosen, :window].contiguous()
 
 
+def ready_program(bundle: Bundle, on: DeviceRequest, devices: Sequence[Device]) -> Program:
+    """What the devices run: said before anything is measured. Raises InputError where they cannot, MissingToolError."""
+    program = program_of(bundle, own_runner=on.runner is not None)
+    for device in devices:
+        kit_for(program.runtime, device.facts(), on.runner)
+    return program
+
+
 def check_bundle(
     bundle: Bundle, target: TargetProfile, checkpoint: QuantizedCheckpoint | None, on: DeviceRequest,
     devices: Sequence[Device], ids_NT: Tensor, progress: Progress = silent,
 ) -> Findings:  # fmt: skip
     """`check_devices` of a bundle, on the windows int64 [N, T]; without its checkpoint no linears alone."""
-    program = program_of(bundle, own_runner=on.runner is not None)
-    for device in devices:
-        kit_for(program.runtime, device.facts(), on.runner)  # what is missing is said before anything is measured
+    program = ready_program(bundle, on, devices)
     runtime = backend(bundle.backend)
     session, programs = runtime.open_session(bundle), []
     probe = runtime.runtime(bundle, target, checkpoint).probe if checkpoint else None

@@ -12,13 +12,19 @@ work=${1:-afq-story}
 devices=${DEVICES:-host}
 mkdir -p "$work"
 
+show() { # quoted, so that it can be copied
+  printf '\n$'
+  printf ' %q' "$@"
+  printf '\n'
+}
+
 step() { # a command line that must end well
-  printf '\n$ %s\n' "$*"
+  show "$@"
   "$@"
 }
 
 fails() { # a command line that must end with exit code 1: a verdict failed
-  printf '\n$ %s\n' "$*"
+  show "$@"
   local code=0
   "$@" || code=$?
   if [ "$code" -ne 1 ]; then
@@ -32,6 +38,7 @@ for target in android-xnnpack linux-x64-ort; do
   run=$work/$target baseline=$work/$target.afqb regressed=$work/$target-regressed
   printf '\n=== %s\n' "$target"
   step afq-export run --target "$target" --recipe w8a8-dynamic+awq --windows 8 --out "$run"
+  rm -f "$baseline" # told once more in the same folder, the story begins anew; a baseline is never overwritten
   step afq-export baseline create "$run" --out "$baseline" --windows 8
   step afq-export check "$run" --baseline "$baseline"
 

@@ -84,4 +84,4 @@ def test_two_runs_in_one_folder(command, refused, tmp_path, name: str):
     with held(tmp_path / "run"):
         said = refused(name, *command[1:])
     assert said.startswith(f"another run is in this folder [{tmp_path / 'run'}]: process ")
-    assert said.endswith("wait for it, or name another folder with --out")
+    assert said.endswith("wait for it, or work in another folder")

@@ -17,10 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from afq_export.device.arm64.environment import Environment, open_environment
+from afq_export.device.kit import kit_for
 from afq_export.errors import MissingToolError
+from tests.device.test_session import FACTS
 
 APART = Path(__file__).with_name("apart.sh")
 FAKE_ADBD = Path(__file__).parents[2].parent / "shared" / "kits" / "arm64" / "fakeadbd.py"
@@ -303,6 +306,19 @@ def board(tmp: Path, keys: Keys, size: str = "48m", **changes: str) -> Iterator[
         yield standin
 
 
+def arm_runner(runtime: str, folder: Path) -> Path:
+    """The Linux runner for aarch64 with its libraries in `folder`, as a user would bring one."""
+    folder.mkdir()
+    facts = msgspec.structs.replace(FACTS, abi="aarch64", python="")
+    try:
+        files = kit_for(runtime, facts).files
+    except MissingToolError as error:
+        pytest.skip(str(error))
+    for path, name in files:
+        shutil.copy(path, folder / name)
+    return next(folder.glob("*_runner"))
+
+
 def main(kind: str) -> None:
     """Starts a `board` or a `phone` to try by hand, says what to set and its name, and ends with standard input."""
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -316,6 +332,9 @@ def main(kind: str) -> None:
             stack.enter_context(adb_server(tmp))
             standin = stack.enter_context(phone(tmp, "2g", arm64_environment()))
             port = os.environ["ANDROID_ADB_SERVER_PORT"]
+            runners = {"RUNNER_PTE": "executorch", "RUNNER_ONNX": "onnxruntime"}
+            built = {name: arm_runner(runtime, tmp / name) for name, runtime in runners.items()}
+            print("export", *(f"{name}={path}" for name, path in built.items()))
             print(f"export ANDROID_ADB_SERVER_PORT={port}\n# adb:{connect(standin.port)}", flush=True)
         sys.stdin.read()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,15 +16,14 @@ import torch
 from afq_export.device.adb import open_adb
 from afq_export.device.arm64.environment import SET_UP
 from afq_export.device.build import NATIVE, find_compiler
-from afq_export.device.kit import kit_for
 from afq_export.device.program import Program
 from afq_export.device.session import Limits, open_session
 from afq_export.device.ssh import open_ssh
 from afq_export.device.transport import Device
 from afq_export.errors import InputError, MissingToolError, VerdictError
 from tests.device.decoders import VOCAB, expected, save_decoder
-from tests.device.standins import Standin, adb_server, arm64_environment, board, connect, make_keys, phone
-from tests.device.test_session import FACTS, OPTIONS
+from tests.device.standins import Standin, adb_server, arm64_environment, arm_runner, board, connect, make_keys, phone
+from tests.device.test_session import OPTIONS
 
 pytestmark = pytest.mark.slow
 LIMITS = Limits(VOCAB, 64, 4)
@@ -68,19 +65,6 @@ def wanted(ids_NT: torch.Tensor) -> np.ndarray:
     return np.stack([expected(ids_T) for ids_T in ids_NT.numpy()])
 
 
-def arm_runner(folder: Path) -> Path:
-    """The Linux runner for aarch64 with its libraries, as a user would bring one."""
-    folder.mkdir()
-    facts = msgspec.structs.replace(FACTS, abi="aarch64", python="")
-    try:
-        files = kit_for("onnxruntime", facts).files
-    except MissingToolError as error:
-        pytest.skip(str(error))
-    for path, name in files:
-        shutil.copy(path, folder / name)
-    return folder / "onnx_runner"
-
-
 def test_a_board(linux: tuple[Device, Standin], program: Program, ids_NT: torch.Tensor) -> None:
     device, standin = linux
     with open_session(device, program, LIMITS) as session:
@@ -99,7 +83,7 @@ def test_a_phone(android: tuple[Device, Standin], program: Program, ids_NT: torc
         open_session(device, program, LIMITS),
     ):
         pass
-    with open_session(device, program, LIMITS, runner=arm_runner(tmp_path / "runner")) as session:
+    with open_session(device, program, LIMITS, runner=arm_runner("onnxruntime", tmp_path / "runner")) as session:
         ran = session.run(ids_NT, prompt=6)
     assert np.array_equal(ran.logits.numpy(), wanted(ids_NT)) and ran.version
     assert standin.left() == []

@@ -45,7 +45,7 @@ def test_the_suite_has_every_scheme() -> None:
 
 @pytest.mark.parametrize("scheme", sorted(WEIGHT_ONLY | STATIC_16))
 def test_what_is_left_out_is_what_is_refused(scheme: str) -> None:
-    with pytest.raises(InputError, match="takes dynamic activations, not (none|static)"):
+    with pytest.raises(InputError, match=r"takes dynamic activations, not (none|static)"):
         assign(small_config(), load_recipe(scheme), TARGET)
 
 

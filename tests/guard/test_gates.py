@@ -124,6 +124,8 @@ def test_speed() -> None:
         "prefill 990 tokens/s, was 1000 (-1.00%), decode 85 tokens/s, was 100 (-15.00%), limit -10.00%",
     )
     assert gates(comparison(changed(speed=slow), changed(speed=fast)), slowdown=0.2)["speed"].status == "passed"
+    emulated = gates(comparison(changed(speed=None), changed(speed=fast)), slowdown=0.2)["speed"]
+    assert (emulated.status, emulated.detail) == ("skipped", "not measured: emulated, no speed claim")
     elsewhere = changed(speed=slow, machine=Machine("x86_64", "another cpu", ("avx2",), 1))
     skipped = gates(comparison(elsewhere, changed(speed=fast)), slowdown=0.2)["speed"]
     assert (skipped.status, skipped.detail) == ("skipped", "measured on some cpu, this is another cpu")

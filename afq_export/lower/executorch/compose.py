@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from afq_export.lower.executorch.graph import Tokens
 from afq_export.lower.executorch.segments import Segment
 
+
 @torch.library.custom_op("afq_export::segment", mutates_args=())
 def _segment(name: str, inputs: Sequence[Tensor], sizes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
     """Stands for the delegate `name` while the program is traced; `sizes` are the shapes of its results, joined."""
