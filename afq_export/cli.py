@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import locale
+import os
 import signal
 import sys
 import traceback
@@ -84,6 +86,9 @@ def _options(
 
 def main() -> NoReturn:
     """The program's entry point."""
+    if locale.getencoding().lower().replace("-", "") != "utf8" and not sys.flags.utf8_mode:
+        # torch and others read files of their own in the locale's encoding, which UTF-8 mode overrules.
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "afq_export", *sys.argv[1:]])
     signal.signal(signal.SIGTERM, _terminate)
     if "--debug" not in sys.argv:
         terminal.quieten()

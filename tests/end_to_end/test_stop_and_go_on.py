@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,15 +29,16 @@ FAST = ("block-001.safetensors", "quantized", "bundle", "report.json")
 RANDOM_KILLS = 60
 
 
-def start(*command: str, out: Path, module: str = "afq_export") -> subprocess.Popen[bytes]:
-    """The command line in a process of its own."""
+def start(*command: str, out: Path, module: str = "afq_export", **settings: Any) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own; `settings` are of the process."""
     arguments = [sys.executable, "-m", module, *command, "--out", str(out)]
-    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    given = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE} | settings
+    return subprocess.Popen(arguments, **given)
 
 
-def finish(out: Path) -> None:
+def finish(out: Path, **settings: Any) -> None:
     """Runs to the end; the verdict is pass."""
-    process = start(*COMMAND, out=out)
+    process = start(*COMMAND, out=out, **settings)
     _, said = process.communicate()
     assert process.returncode == 0, said.decode()
 
@@ -63,6 +66,22 @@ def test_killed_in_every_stage(undisturbed: dict[str, str], tmp_path: Path, poin
     finish(out)
     assert digests(out) == undisturbed
     assert not leftovers(out)
+
+
+def test_the_same_bytes_wherever_it_runs(undisturbed: dict[str, str], tmp_path: Path) -> None:
+    """Another language, time zone, home, working folder, umask, order of hashes; half of them that no machine has."""
+    home = tmp_path / "home"
+    home.mkdir()
+    odd = {
+        "LC_ALL": "tr_TR.UTF-8",
+        "LANG": "xx_XX",
+        "TZ": "Pacific/Kiritimati",
+        "HOME": str(home),
+        "PYTHONHASHSEED": "77",
+    }
+    odd |= {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "COLUMNS": "20", "SOURCE_DATE_EPOCH": "1"}
+    finish(tmp_path / "run", cwd=tmp_path, env={**os.environ, **odd}, umask=0o077)
+    assert digests(tmp_path / "run") == undisturbed
 
 
 @pytest.mark.slow
