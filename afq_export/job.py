@@ -30,6 +30,7 @@ from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.spec.catalog import load_corpus, load_recipe, load_target
 from afq_export.spec.recipe import Recipe
 from afq_export.spec.request import Request
+from afq_export.spec.strict import flat
 from afq_export.spec.target import TargetProfile
 
 DEMO = "demo-llama"
@@ -85,10 +86,10 @@ class Job(Prepared):
     def fingerprint(self) -> dict[str, str]:
         """Everything that the artifact's bytes depend on, flat, so that a difference can be named."""
         facts = {"weights": self.model.digest, "seed": str(self.request.seed), "threads": str(self.threads)}
-        facts |= _flat("config", self.model.config.to_dict())
+        facts |= flat("config", self.model.config.to_dict())
         facts |= {"tokenizer": self.calibration.tokenizer_digest, "side files": _side_files(self.model)}
-        facts |= _flat("recipe", msgspec.to_builtins(self.recipe))
-        facts |= _flat("target", msgspec.to_builtins(self.target))
+        facts |= flat("recipe", msgspec.to_builtins(self.recipe))
+        facts |= flat("target", msgspec.to_builtins(self.target))
         facts |= {f"version.{name}": number for name, number in versions(self.target.tools).items()}
         ids = self.calibration.ids_NT.numpy().tobytes()
         return facts | {"calibration tokens": hashlib.sha256(ids).hexdigest()}
@@ -218,10 +219,3 @@ def _side_files(model: FloatCheckpoint) -> str:
     paths = sorted(path for kind in ("*.json", "*.jinja") for path in model.files.glob(kind))
     lines = [f"{path.name} {sha256_file(path)}" for path in paths if ".safetensors." not in path.name]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _flat(prefix: str, value: Any) -> dict[str, str]:
-    """Nested data as `prefix.key.key` -> text."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(f"{prefix}.{key}", item).items()}
-    return {prefix: str(value)}

@@ -189,3 +189,16 @@ def _embedding(config: DecoderConfig, bits: int, random: torch.Generator) -> Qua
     limit = 1 << (bits - 1)
     codes = torch.randint(-limit, limit, shape, dtype=torch.int8, generator=random)
     return QuantizedEmbedding(bits, 0, codes, torch.full((config.vocab, 1), 1.5 / limit))
+
+
+def hostile_weights(linear: QuantizedLinear) -> QuantizedLinear:
+    """The first rows at the ends of the grid, power-of-two scales (ties in the output), a bias that cancels."""
+    grid, codes, scales = linear.spec.weight, linear.codes.clone(), linear.scales.clone()
+    codes[0], codes[1], codes[2] = grid.qmin, grid.qmax, 0
+    codes[3, ::2], codes[3, 1::2] = grid.qmin, grid.qmax
+    scales[:8] = 2.0 ** torch.arange(-12, -4)[:, None]
+    bias = linear.bias
+    if bias is not None:
+        bias = bias.clone()
+        bias[:8] = torch.tensor([0.0, -1e3, 1e-20, 2.0**-30, 1 + 2.0**-23, -(2.0**10), 1e6, -0.0])
+    return dataclasses.replace(linear, codes=codes, scales=scales, bias=bias)

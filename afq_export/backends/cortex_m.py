@@ -12,6 +12,7 @@ from torch import Tensor
 from afq_export.arch.config import DecoderConfig
 from afq_export.errors import InputError, MissingToolError
 from afq_export.lower.bundle import Bundle
+from afq_export.lower.memory import refuse_memory
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import LinearRecord, QuantizedCheckpoint
 from afq_export.spec.recipe import Embedding
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from afq_export.lower.cortex_m.program import Shape
 
 PROGRAM = "model.pte"
+SMALLER = "shorter shapes"
+"""What helps against a program that does not fit, besides a smaller model."""
 ABSENT = "nothing here runs Cortex-M programs: CMSIS-NN's kernels are in no runtime for this machine"
 ARITHMETICS = ("cmsis_nn.static_per_channel", "cmsis_nn.rows")
 READ_TOKENS = 64
@@ -39,7 +42,8 @@ def refuse(target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
     for name in {record.kernel for record in records.values()}:
         if target.kernel(name).arithmetic not in ARITHMETICS:
             raise InputError("Cortex-M has no such kernel", where=f"{target.name}: {name}")
-    refuse_memory(_options(target), *least_memory(target, records), target.name, "at least ")
+    least = least_memory(target, records)
+    refuse_memory(_options(target), "cortex_m", *least, target.name, smaller=SMALLER, least="at least ")
     require_executorch()
 
 
@@ -51,18 +55,6 @@ def least_memory(target: TargetProfile, records: Mapping[str, LinearRecord]) -> 
     kept = sum(r.spec.outputs for r in records.values() if r.spec.role in ("k_proj", "v_proj"))
     context, tokens = target.shapes.context, min(target.shapes.prefill, target.shapes.context)
     return codes, 4 * (kept * (context + tokens) + tokens * head.outputs + head.outputs * head.inputs)
-
-
-def refuse_memory(options: CortexMOptions, flash: int, sram: int, where: str, least: str = "") -> None:
-    """Raises InputError when `flash` or `sram` bytes are more than the target has."""
-    for name, needed, there in (("flash", flash, options.flash_kb), ("SRAM", sram, options.sram_kb)):
-        if needed > there * 1024:
-            raise InputError(
-                f"the program does not fit into the target's {name}",
-                where=where,
-                why=f"it takes {least}{needed / 1024:,.0f} KiB, cortex_m.{name.lower()}_kb is {there:,}",
-                do="take a smaller model, shorter shapes, or a target of your own whose [cortex_m] is your board's",
-            )
 
 
 def overhead(config: DecoderConfig, records: Mapping[str, LinearRecord], target: TargetProfile) -> int:
@@ -90,7 +82,8 @@ def write(
     from afq_export.lower.cortex_m.program import export_program, planned_memory
 
     program = export_program(checkpoint, _shape(checkpoint.config, target), progress)
-    refuse_memory(_options(target), len(program), planned_memory(program), target.name)
+    sram = planned_memory(program)
+    refuse_memory(_options(target), "cortex_m", len(program), sram, target.name, smaller=SMALLER)
     (folder / PROGRAM).write_bytes(program)
 
 

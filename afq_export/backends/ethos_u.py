@@ -17,6 +17,7 @@ from torch import Tensor
 from afq_export.arch.config import DecoderConfig
 from afq_export.errors import InputError, VerdictError
 from afq_export.lower.bundle import Bundle
+from afq_export.lower.memory import refuse_memory
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import LinearRecord, QuantizedCheckpoint
 from afq_export.spec.recipe import Embedding
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from afq_export.runtime.session import Session
 
 PROGRAM = "model.pte"
+SMALLER = "fewer bits"
+"""What helps against a program that does not fit, besides a smaller model."""
 TOSA = {"forward": "model.tosa", "decode": "model.decode.tosa"}
 """Method of the program -> its graph's file."""
 HOST = "model.host.safetensors"
@@ -51,7 +54,8 @@ def refuse(target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
 
     if any(record.spec.role == "fc1" for record in records.values()):
         raise InputError("no integer LayerNorm", where=target.name, do="take a model of the Llama family")
-    refuse_memory(_options(target), *least_memory(target, records), target.name, "at least ")
+    least = least_memory(target, records)
+    refuse_memory(_options(target), "ethos_u", *least, target.name, smaller=SMALLER, least="at least ")
     require_serializer()
     require_vela()
     require_reference_model()
@@ -66,18 +70,6 @@ def least_memory(target: TargetProfile, records: Mapping[str, LinearRecord]) -> 
     kept = sum(r.spec.outputs for r in records.values() if r.spec.role in ("k_proj", "v_proj"))
     context, tokens = target.shapes.context, _shapes(target.shapes.context, target)["forward"].tokens
     return codes + head.outputs * head.inputs, kept * (context + tokens) + 2 * tokens * head.outputs
-
-
-def refuse_memory(options: EthosUOptions, flash: int, sram: int, where: str, least: str = "") -> None:
-    """Raises InputError when `flash` or `sram` bytes are more than the target has."""
-    for name, needed, there in (("flash", flash, options.flash_kb), ("SRAM", sram, options.sram_kb)):
-        if needed > there * 1024:
-            raise InputError(
-                f"the program does not fit into the target's {name}",
-                where=where,
-                why=f"it takes {least}{needed / 1024:,.0f} KiB, ethos_u.{name.lower()}_kb is {there:,}",
-                do="take a smaller model, fewer bits, or a target of your own whose [ethos_u] is your board's",
-            )
 
 
 def overhead(config: DecoderConfig, records: Mapping[str, LinearRecord], target: TargetProfile) -> int:
@@ -119,7 +111,7 @@ def write(
         compiled = compile_tosa(program, options, graph, shape.tokens)
         methods[name] = graph, compiled.stream
         flash, sram = flash + compiled.estimate.flash_bytes, max(sram, compiled.estimate.sram_bytes)
-    refuse_memory(options, flash, sram, target.name)
+    refuse_memory(options, "ethos_u", flash, sram, target.name, smaller=SMALLER)
     save_tables(tables, folder / HOST)
     (folder / PROGRAM).write_bytes(write_program(methods, tables))
 

@@ -14,7 +14,7 @@ from afq_export.report import tables
 from afq_export.report.sections import Section
 from afq_export.report.tables import MISSING, Table, figure, number
 from afq_export.spec.report import Manifest, Perplexity, ValidationReport
-from afq_export.spec.strict import read_toml
+from afq_export.spec.strict import flat, read_toml
 
 PAIRED = "Reports keep no losses by token: `afq-export check` gives the difference of two files with its paired error."
 
@@ -39,7 +39,7 @@ def open_subject(folder: Path) -> Subject:
         )
     made = {}
     for kind in ("recipe", "target"):  # as they stand: an older version may have had other keys
-        made |= _flat(kind, read_toml(folder / f"{kind}.toml"))
+        made |= flat(kind, _named(read_toml(folder / f"{kind}.toml")))
     made |= {"weights": report.model.digest, "seed": str(bundle.manifest.seed)}
     made |= {f"version.{name}": number for name, number in bundle.manifest.versions.items()}
     return Subject(f"{report.model.name} {report.recipe} {report.target}", report, bundle.manifest, made)
@@ -140,11 +140,8 @@ def _minus(one: float | None, other: float | None) -> float | None:
     return None if one is None or other is None else one - other
 
 
-def _flat(prefix: str, value: Any) -> dict[str, str]:
-    """Nested data as `prefix.key` -> text; items of a list by their name or number."""
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(f"{prefix}.{key}", item).items()}
+def _named(value: Any) -> Any:
+    """Nested data whose lists of tables are tables, by their items' names or numbers."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        named = {str(item.get("name", index)): item for index, item in enumerate(value)}
-        return {k: v for key, item in named.items() for k, v in _flat(f"{prefix}.{key}", item).items()}
-    return {prefix: str(value)}
+        value = {str(item.get("name", index)): item for index, item in enumerate(value)}
+    return {key: _named(item) for key, item in value.items()} if isinstance(value, dict) else value

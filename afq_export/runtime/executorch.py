@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afq_export.errors import InputError
 from afq_export.runtime.library import load_runtime
-from afq_export.runtime.session import check_ids
+from afq_export.runtime.session import check_ids, greedy
 
 IDENTIFIER = b"ET12"
 HEADER_MAGIC = b"eh00"
@@ -50,19 +50,7 @@ class ExecutorchSession:
 
     def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation (see `Session`)."""
-        position = len(ids)
-        generated: list[int] = []
-        row = self.logits(ids)[-1]
-        while len(generated) < tokens:
-            best = int(row.argmax())
-            if best in stop:
-                break
-            generated.append(best)
-            if len(generated) == tokens or position == self.context:
-                break
-            row = self._call(torch.tensor([best]), position)[-1]
-            position += 1
-        return generated
+        return greedy(self, ids, tokens, stop)
 
     def _call(self, ids: Tensor, position: int) -> Tensor:
         inputs = [ids.to(torch.long)[None], torch.tensor([position])]

@@ -17,7 +17,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from afq_export.errors import AfqError, InputError, MissingToolError
-from afq_export.runtime.session import check_ids
+from afq_export.runtime.session import check_ids, greedy
 from afq_export.spec.strict import Data
 
 if TYPE_CHECKING:
@@ -86,17 +86,7 @@ class OnnxSession:
 
     def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation (see `Session`)."""
-        generated: list[int] = []
-        row = self.logits(ids)[-1]
-        while len(generated) < tokens:
-            best = int(row.argmax())
-            if best in stop:
-                break
-            generated.append(best)
-            if len(generated) == tokens or self._length() == self.context:
-                break
-            row = self._call(torch.tensor([best]))[-1]
-        return generated
+        return greedy(self, ids, tokens, stop)
 
     def run_both(self, ids: Tensor) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Inputs and outputs, by name, of one call with the sequence `ids` int64 [T] from position 0."""

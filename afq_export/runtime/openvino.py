@@ -16,7 +16,7 @@ from msgspec import Meta
 from torch import Tensor
 
 from afq_export.errors import InputError, MissingToolError
-from afq_export.runtime.session import check_ids
+from afq_export.runtime.session import check_ids, greedy
 from afq_export.spec.strict import Data
 
 if TYPE_CHECKING:
@@ -77,17 +77,7 @@ class OpenvinoSession:
 
     def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation (see `Session`)."""
-        generated: list[int] = []
-        row = self.logits(ids)[-1]
-        while len(generated) < tokens:
-            best = int(row.argmax())
-            if best in stop:
-                break
-            generated.append(best)
-            if len(generated) == tokens or self._seen == self.context:
-                break
-            row = self._call(torch.tensor([best]))[-1]
-        return generated
+        return greedy(self, ids, tokens, stop)
 
     def nodes(self) -> dict[str, RanNode]:
         """What the compiled program runs, by the names of the file's operators that went into each node."""

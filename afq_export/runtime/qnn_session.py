@@ -14,7 +14,7 @@ from afq_export.errors import InputError
 from afq_export.quantize.checkpoint import dequantize
 from afq_export.runtime.onnxruntime import first_line
 from afq_export.runtime.qnn import HOST, open_model, read_host_file
-from afq_export.runtime.session import check_ids
+from afq_export.runtime.session import check_ids, greedy
 
 
 class QnnSession:
@@ -60,17 +60,7 @@ class QnnSession:
 
     def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation (see `Session`): prefill for the prompt, decode for what follows."""
-        generated: list[int] = []
-        row = self.logits(ids)[-1]
-        while len(generated) < tokens:
-            best = int(row.argmax())
-            if best in stop:
-                break
-            generated.append(best)
-            if len(generated) == tokens or self._length == self.context:
-                break
-            row = self.extend(torch.tensor([best]), self._length)[-1]
-        return generated
+        return greedy(self, ids, tokens, stop)
 
     def feed(self, name: str, ids: np.ndarray) -> dict[str, np.ndarray]:
         """All inputs of the program `name`, as codes, for tokens that follow those in the cache."""

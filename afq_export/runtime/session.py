@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from afq_export.errors import InputError
@@ -55,3 +56,20 @@ def check_ids(session: Session, path: Path, ids: Tensor, position: int) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= session.vocab:
         raise InputError("a token id is outside the vocabulary", why=f"ids {low}..{high}, vocabulary {session.vocab}")
+
+
+def greedy(session: Session, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
+    """`Session.generate`: a prompt in one go, then token by token."""
+    position = len(ids)
+    generated: list[int] = []
+    row = session.logits(ids)[-1]
+    while len(generated) < tokens:
+        best = int(row.argmax())
+        if best in stop:
+            break
+        generated.append(best)
+        if len(generated) == tokens or position == session.context:
+            break
+        row = session.extend(torch.tensor([best]), position)[-1]
+        position += 1
+    return generated

@@ -18,7 +18,7 @@ from afq_export.errors import InputError, MissingToolError
 from afq_export.extras import ETHOS_U
 from afq_export.lower.tosa.graph import TosaGraph
 from afq_export.lower.tosa.host import HostTables, call_inputs
-from afq_export.runtime.session import check_ids
+from afq_export.runtime.session import check_ids, greedy
 
 Execute = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """Inputs of a graph by name -> its outputs by name."""
@@ -93,14 +93,7 @@ class TosaSession:
 
     def generate(self, ids: Tensor, tokens: int, stop: frozenset[int]) -> list[int]:
         """Greedy continuation (see `Session`)."""
-        generated: list[int] = []
-        row, position = self.logits(ids)[-1], len(ids)
-        while len(generated) < tokens and int(row.argmax()) not in stop:
-            generated.append(int(row.argmax()))
-            if len(generated) == tokens or position == self.context:
-                break
-            row, position = self._call(torch.tensor(generated[-1:]), position)[-1], position + 1
-        return generated
+        return greedy(self, ids, tokens, stop)
 
     def _call(self, ids: Tensor, position: int) -> Tensor:
         alone = self._decode is not None and len(ids) == 1

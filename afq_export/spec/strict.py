@@ -46,6 +46,13 @@ def to_toml(data: Data) -> str:
     return tomli_w.dumps(_without_none(msgspec.to_builtins(data)))
 
 
+def flat(prefix: str, value: Any) -> dict[str, str]:
+    """Nested data as `prefix.key.key` -> text."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in flat(f"{prefix}.{key}", item).items()}
+    return {prefix: str(value)}
+
+
 def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}

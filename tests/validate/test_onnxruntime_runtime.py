@@ -14,6 +14,7 @@ from afq_export.errors import InputError
 from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
 from afq_export.validate.integer.linear import integer_linear
 from afq_export.validate.integer.onnxruntime import quantize_by_division
+from tests.checkpoints import hostile_weights
 from tests.validate.onnx_programs import LEVEL_0, SESSION, Program, linear_of, with_grids
 
 pytest.importorskip("onnxruntime", reason="the runtime is not installed")
@@ -70,19 +71,6 @@ def hostile_inputs(inputs: int, rows: int = 40) -> Tensor:
     ]
     sizes = 10.0 ** torch.linspace(-3, 3, rows - len(chosen))[:, None]
     return torch.cat([torch.stack(chosen), noise[len(chosen) :] * sizes])
-
-
-def hostile_weights(linear: QuantizedLinear) -> QuantizedLinear:
-    """The first rows at the ends of the grid, power-of-two scales (ties in the output), a bias that cancels."""
-    grid, codes, scales = linear.spec.weight, linear.codes.clone(), linear.scales.clone()
-    codes[0], codes[1], codes[2] = grid.qmin, grid.qmax, 0
-    codes[3, ::2], codes[3, 1::2] = grid.qmin, grid.qmax
-    scales[:8] = 2.0 ** torch.arange(-12, -4)[:, None]
-    bias = linear.bias
-    if bias is not None:
-        bias = bias.clone()
-        bias[:8] = torch.tensor([0.0, -1e3, 1e-20, 2.0**-30, 1 + 2.0**-23, -(2.0**10), 1e6, -0.0])
-    return dataclasses.replace(linear, codes=codes, scales=scales, bias=bias)
 
 
 @pytest.fixture(scope="module", params=EXACT)

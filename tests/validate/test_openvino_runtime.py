@@ -20,6 +20,7 @@ from afq_export.validate.integer.openvino import blocks_of
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed")
 
+from tests.checkpoints import hostile_weights
 from tests.validate.openvino_programs import DYNAMIC, FLOAT, Program, linear_of, run
 
 EXACT, FREE = "dynamic_per_group", "weight_only"
@@ -63,19 +64,6 @@ def hostile_inputs(inputs: int, rows: int = 40) -> Tensor:
     ]
     sizes = 10.0 ** torch.linspace(-3, 3, rows - len(chosen))[:, None]
     return torch.cat([torch.stack(chosen), noise[len(chosen) :] * sizes])
-
-
-def hostile_weights(linear: QuantizedLinear) -> QuantizedLinear:
-    """The first rows at the ends of the grid, power-of-two scales, a bias that cancels."""
-    grid, codes, scales = linear.spec.weight, linear.codes.clone(), linear.scales.clone()
-    codes[0], codes[1], codes[2] = grid.qmin, grid.qmax, 0
-    codes[3, ::2], codes[3, 1::2] = grid.qmin, grid.qmax
-    scales[:8] = 2.0 ** torch.arange(-12, -4)[:, None]
-    bias = linear.bias
-    if bias is not None:
-        bias = bias.clone()
-        bias[:8] = torch.tensor([0.0, -1e3, 1e-20, 2.0**-30, 1 + 2.0**-23, -(2.0**10), 1e6, -0.0])
-    return dataclasses.replace(linear, codes=codes, scales=scales, bias=bias)
 
 
 SHAPES = [(48, 64, 8, 0), (33, 172, 4, 0), (17, 96, 4, 32), (20, 1536, 8, 0), (9, 1088, 4, 64), (24, 256, 8, 128)]

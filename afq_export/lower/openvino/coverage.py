@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from afq_export.lower.float_operators import coverage_with
 from afq_export.lower.openvino.readback import OpenvinoContent
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
-from afq_export.spec.report import Coverage, Lowered, Refused
+from afq_export.spec.report import Coverage
 
 REASONS = {
     "ScaledDotProductAttention": "float32: the cache is float32 (KV_CACHE_PRECISION), softmax has no integer kernel",
@@ -20,6 +21,4 @@ REASONS = {
 
 def coverage_of(checkpoint: QuantizedCheckpoint, content: OpenvinoContent) -> Coverage:
     """Every linear with its kernel, and every operator that computes in float, with its reason."""
-    lowered = tuple(Lowered(name, record.kernel) for name, record in checkpoint.records.items())
-    found = {operator: count for operator, count in sorted(content.operators.items()) if operator in REASONS}
-    return Coverage(lowered, tuple(Refused(what, count, REASONS[what]) for what, count in found.items()))
+    return coverage_with(checkpoint, content.operators, REASONS)

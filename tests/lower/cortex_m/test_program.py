@@ -12,12 +12,13 @@ import torch
 pytest.importorskip("executorch", reason="ExecuTorch is not installed")
 pytest.importorskip("tosa_serializer", reason="the passes of ExecuTorch's Cortex-M backend need tosa-tools [ethos-u]")
 
-from afq_export.backends.cortex_m import describe, least_memory, open_session, refuse, refuse_memory
+from afq_export.backends.cortex_m import SMALLER, describe, least_memory, open_session, refuse
 from afq_export.errors import InputError, MissingToolError, VerdictError
 from afq_export.lower.bundle import Bundle
 from afq_export.lower.cortex_m.probe import logits, run_linears
 from afq_export.lower.cortex_m.program import Shape, export_program, planned_memory, verify
 from afq_export.lower.cortex_m.readback import operators, read_linears
+from afq_export.lower.memory import refuse_memory
 from afq_export.progress import silent
 from afq_export.quantize.assign import assign
 from afq_export.quantize.checkpoint import LinearRecord, QuantizedCheckpoint, QuantizedLinear, StaticRange
@@ -135,7 +136,7 @@ def test_what_does_not_fit_is_refused_with_figures() -> None:
     with pytest.raises(InputError, match=r"does not fit into the target's flash.*takes at least [\d,]+ KiB.*flash_kb"):
         refuse(TARGET, records)
     with pytest.raises(InputError, match=r"SRAM.*it takes 4,097 KiB, cortex_m.sram_kb is 4,096"):
-        refuse_memory(TARGET.cortex_m, 1, 4097 * 1024, "here")
+        refuse_memory(TARGET.cortex_m, "cortex_m", 1, 4097 * 1024, "here", smaller=SMALLER)
     refuse(TARGET, assign(decoder_config(), recipe, TARGET))
     with pytest.raises(InputError, match="takes static activations, not dynamic"):
         assign(decoder_config(), load_recipe("w8a8-dynamic"), TARGET)
