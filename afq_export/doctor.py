@@ -75,6 +75,12 @@ class Diagnosis(Data):
     devices: tuple[Kind, ...] = ()
     extras: tuple[Extra, ...] = ()
 
+    @property
+    def untested(self) -> str:
+        """What is installed in versions that this release was not tested with, empty when nothing is."""
+        others = (p for p in (self.python, *self.packages) if p.status == "other")
+        return ", ".join(f"{p.name} {p.found} (tested {p.tested})" for p in others)
+
 
 def diagnose(needed: str = "android-xnnpack") -> Diagnosis:
     """The state of this installation; `needed` is the target that decides `ready`."""

@@ -14,17 +14,21 @@ import msgspec
 
 from afq_export import __version__
 from afq_export.backends import backend
+from afq_export.calibrate.activations import Activations
+from afq_export.calibrate.end_to_end import refuse_end_to_end
+from afq_export.calibrate.shards import Shards, open_shards
 from afq_export.errors import InputError, MissingToolError
 from afq_export.extras import install_line, packages
 from afq_export.files import sha256_file
 from afq_export.fold.forms import SiteChoice, choose_forms
-from afq_export.fold.rotation import rotate
+from afq_export.fold.online import online_config, with_online
+from afq_export.fold.rotation import Rotation, rotate
 from afq_export.load.checkpoint import DecoderWeights, FloatCheckpoint
 from afq_export.load.corpus import Corpus, Windows, cut_windows, read_corpus, read_text_corpus, refuse_overlap
 from afq_export.load.model import open_model
 from afq_export.load.tiny import tiny_copy
 from afq_export.load.tokenizer import open_tokenizer, tokenizer_digest
-from afq_export.machine import default_threads
+from afq_export.machine import default_threads, processor
 from afq_export.quantize.assign import assign
 from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.spec.catalog import load_corpus, load_recipe, load_target
@@ -60,15 +64,20 @@ class Prepared:
     choices: tuple[SiteChoice, ...]
     corpus: Corpus
     calibration: Windows
+    tuning: Windows
+    """What is learned from end to end, after the blocks."""
     threads: int
+    device: str
+    """What blocks are learned on, as torch calls it: `cpu` or `cuda`."""
+    shards: Shards
     defaults: tuple[str, ...]
     missing: str
     """What lowering waits for; empty when it can run."""
 
-    @property
-    def source(self) -> DecoderWeights:
-        """What is calibrated and folded: the model in the basis that the recipe asks for."""
-        return rotate(self.model, self.recipe.transforms.rotation, self.request.seed)
+    def source(self, learned: Rotation | None = None) -> DecoderWeights:
+        """What is calibrated and folded: the model in the basis that the recipe asks for, `learned` if it is to be."""
+        transforms = self.recipe.transforms
+        return rotate(with_online(self.model, transforms), transforms.rotation, self.request.seed, learned)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +95,15 @@ class Job(Prepared):
     def fingerprint(self) -> dict[str, str]:
         """Everything that the artifact's bytes depend on, flat, so that a difference can be named."""
         facts = {"weights": self.model.digest, "seed": str(self.request.seed), "threads": str(self.threads)}
+        facts |= {"shards": str(self.shards.count)} if self.shards.count > 1 else {}
+        facts |= {"device": self.device} if self.device != "cpu" else {}
         facts |= flat("config", self.model.config.to_dict())
         facts |= {"tokenizer": self.calibration.tokenizer_digest, "side files": _side_files(self.model)}
         facts |= flat("recipe", msgspec.to_builtins(self.recipe))
         facts |= flat("target", msgspec.to_builtins(self.target))
         facts |= {f"version.{name}": number for name, number in versions(self.target.tools).items()}
-        ids = self.calibration.ids_NT.numpy().tobytes()
-        return facts | {"calibration tokens": hashlib.sha256(ids).hexdigest()}
+        facts |= {"calibration tokens": _tokens_digest(self.calibration)}
+        return facts | ({"end-to-end tokens": _tokens_digest(self.tuning)} if self.recipe.end_to_end.steps else {})
 
 
 def resolve(request: Request, *, lowers: bool = True) -> Job:
@@ -129,10 +140,17 @@ def prepare(request: Request, *, lowers: bool = True) -> Prepared:
     missing = missing_tool(target, records)
     if missing and lowers:
         raise missing
-    choices = choose_forms(model.config, recipe.transforms)
+    choices = choose_forms(online_config(model.config, recipe.transforms), recipe.transforms)
     tokenizer = open_tokenizer(model)
     corpus = open_corpus(request.calib or DEMO_CALIBRATION)
     length = min(recipe.samples.length, model.config.max_positions)
+    digest, count = tokenizer_digest(tokenizer), recipe.samples.windows
+    calibration = cut_windows(corpus, tokenizer, digest, length, count)
+    refuse_end_to_end(recipe, target)
+    further = recipe.end_to_end.windows if recipe.end_to_end.steps else 0
+    tuning = cut_windows(corpus, tokenizer, digest, length, further) if further else calibration
+    shards = open_shards(request.shards)
+    shards.refuse_unfit(recipe, len(calibration.ids_NT))
     if request.recipe is None:
         defaults += (f"recipe {recipe.name} (the target's default)",)
     if request.calib is None:
@@ -146,10 +164,21 @@ def prepare(request: Request, *, lowers: bool = True) -> Prepared:
         records=records,
         choices=choices,
         corpus=corpus,
-        calibration=cut_windows(corpus, tokenizer, tokenizer_digest(tokenizer), length, recipe.samples.windows),
+        calibration=calibration,
+        tuning=tuning,
         threads=request.threads or default_threads(),
+        device=processor(request.device, shards.world),
+        shards=shards,
         defaults=defaults,
         missing=str(missing or ""),
+    )
+
+
+def activations(job: Prepared) -> Activations:
+    """What the calibration activations of this process take, and may."""
+    windows, length = job.calibration.ids_NT.shape
+    return Activations.of(
+        windows // job.shards.world, length, job.model.config.hidden, job.request.activation_memory_mb
     )
 
 
@@ -198,6 +227,10 @@ def versions(tools: Collection[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def _tokens_digest(windows: Windows) -> str:
+    return hashlib.sha256(windows.ids_NT.numpy().tobytes()).hexdigest()
 
 
 def _model(request: Request) -> tuple[FloatCheckpoint, tuple[str, ...]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
 from pathlib import Path
+
+from afq_export.errors import InputError, MissingToolError
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm", "sve")
 """Instruction sets that integer kernels choose between."""
@@ -47,6 +50,22 @@ def cpu_flags() -> tuple[str, ...]:
     return tuple(flag for flag in CPU_FLAGS if flag in words)
 
 
+def processor(asked: str, processes: int = 1) -> str:
+    """What torch learns on: `cuda` where `asked` is `auto` or `cuda` and there is a GPU. Raises MissingToolError, and
+    InputError for a GPU that several processes were to share: gloo, through which they talk, knows no GPU."""
+    import torch
+
+    usable = torch.cuda.is_available() and processes == 1
+    if asked == "cpu" or (asked == "auto" and not usable):
+        return "cpu"
+    where, do = f"--device {asked}", "take --device cpu, or auto"
+    if not torch.cuda.is_available():
+        raise MissingToolError("no such device", where=where, why="torch finds no CUDA GPU here", do=do)
+    if processes > 1:
+        raise InputError("no GPU for several processes", where=where, why=f"{processes} processes calibrate", do=do)
+    return "cuda"
+
+
 def settle(threads: int) -> None:
     """Makes torch compute the same bits whenever it computes the same thing with `threads` threads.
 
@@ -54,6 +73,7 @@ def settle(threads: int) -> None:
     """
     import torch
 
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU refuses to be deterministic
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.set_float32_matmul_precision("highest")
@@ -61,16 +81,19 @@ def settle(threads: int) -> None:
 
 
 def measured_gflops(seconds: float = 0.3) -> float:
-    """Float32 matmul speed of torch with its present threads, in 10^9 operations a second."""
+    """Float32 matmul speed of torch with its present threads, in 10^9 operations a second.
+
+    The fastest product counts: whatever else the machine does now makes the others slower.
+    """
     import torch
 
     a = torch.ones(PROBE_SIZE, PROBE_SIZE)
     a @ a
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    start, least = time.perf_counter(), math.inf
+    while (now := time.perf_counter()) - start < seconds:
         a @ a
-        count += 1
-    return 2 * PROBE_SIZE**3 * count / (time.perf_counter() - start) / 1e9
+        least = min(least, time.perf_counter() - now)
+    return 2 * PROBE_SIZE**3 / least / 1e9
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -19,11 +19,27 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
+from afq_export.calibrate.activations import choose_store
 from afq_export.calibrate.calibrate import calibrate
-from afq_export.calibrate.result import Calibration, block_path, outer_path
+from afq_export.calibrate.end_to_end import tune
+from afq_export.calibrate.result import (
+    Calibration,
+    block_path,
+    outer_path,
+    read_rotation,
+    rotation_path,
+    tuned_path,
+    write_rotation,
+    write_tuned,
+)
+from afq_export.calibrate.rotation import learn_rotation
 from afq_export.errors import InputError
 from afq_export.fold.folded import FoldedCheckpoint
-from afq_export.job import Job, versions
+from afq_export.fold.online import with_online
+from afq_export.fold.rotation import Rotation
+from afq_export.job import Job, activations, versions
 from afq_export.load.tokenizer import load_folder_tokenizer, refuse_other_tokenizer
 from afq_export.lower.bundle import REPORTS, Bundle, open_bundle, seal
 from afq_export.lower.lower import lower
@@ -60,24 +76,50 @@ def run(job: Job, folder: RunFolder, progress: Progress) -> Outcome:
 def open_folder(job: Job, *, fresh: bool = False) -> Iterator[RunFolder]:
     """The job's run folder, for this process alone, and torch set as its fingerprint says.
 
-    Raises InputError when the folder belongs to other inputs, is in use or cannot be written.
+    Of several processes that calibrate together the first has it and the others wait for it. Raises InputError when the
+    folder belongs to other inputs, is in use or cannot be written.
     """
     settle(job.threads)
+    if not job.shards.writes:
+        job.shards.wait()
+        yield RunFolder(job.out)
+        return
     request = dataclasses.asdict(job.request) | {"model_name": job.model.name, "cwd": str(Path.cwd())}
     with held(job.out):
-        yield prepare(job.out, job.fingerprint(), request, fresh)
+        folder = prepare(job.out, job.fingerprint(), request, fresh)
+        job.shards.wait()
+        yield folder
 
 
 def run_calibrate(job: Job, folder: RunFolder, progress: Progress) -> Calibration:
-    """The calibrate stage; goes on at the first block that has no result."""
-    last = job.model.config.layers - 1
+    """The calibrate stage: block by block, then end to end where the recipe says so. Goes on at what has no result."""
+    place, last = folder.calibration, job.model.config.layers - 1
     bits = tensor_bits(job.recipe.activations.bits, job.target) if job.target.static_graph else None
-    if (outer_path(folder.calibration) if bits else block_path(folder.calibration, last)).exists():
-        return Calibration(folder.calibration, last + 1)
-    with folder.stage("calibrate"):
-        return calibrate(
-            job.source, job.recipe, job.records, job.calibration, folder.calibration, job.request.seed, progress, bits
-        )
+    calibration, recipe, seed = Calibration(place, last + 1), job.recipe, job.request.seed
+    blocks_done = (outer_path(place) if bits else block_path(place, last)).exists()
+    if blocks_done and (tuned_path(place).exists() or not recipe.end_to_end.steps):
+        return calibration
+    with folder.stage("calibrate") if job.shards.writes else contextlib.nullcontext():
+        source, store = job.source(_learned_rotation(job, folder, progress)), choose_store(activations(job), place)
+        if not blocks_done:
+            on = dataclasses.replace(store, device=torch.device(job.device))
+            calibrate(source, recipe, job.records, job.calibration, place, seed, progress, bits, on, job.shards)
+        if recipe.end_to_end.steps and job.shards.writes:  # one process does, the others are done
+            ids_NT, seen_NT = job.tuning.ids_NT, job.calibration.ids_NT
+            write_tuned(place, tune(source, recipe, job.records, calibration, ids_NT, seen_NT, seed, progress, store))
+    return calibration
+
+
+def _learned_rotation(job: Job, folder: RunFolder, progress: Progress) -> Rotation | None:
+    """What the recipe's rotation learned, now or in an earlier attempt; None when it learns none. One process does."""
+    transforms, place, seed = job.recipe.transforms, folder.calibration, job.request.seed
+    if transforms.rotation != "learned":
+        return None
+    if job.shards.writes and not rotation_path(place).exists():
+        model, ids = with_online(job.model, transforms), job.calibration.ids_NT
+        write_rotation(place, learn_rotation(model, job.records, ids, seed, transforms.rotation_steps, progress))
+    job.shards.wait()
+    return read_rotation(place)
 
 
 def run_quantize(job: Job, folder: RunFolder, calibration: Calibration, progress: Progress) -> QuantizedCheckpoint:
@@ -85,7 +127,7 @@ def run_quantize(job: Job, folder: RunFolder, calibration: Calibration, progress
     if (folder.quantized / "quant.json").exists():
         return open_checkpoint(folder.quantized)
     with folder.stage("quantize"):
-        folded = FoldedCheckpoint(job.source, calibration.transforms())
+        folded = FoldedCheckpoint(job.source(calibration.rotation()), calibration.transforms())
         provenance = {
             "model": job.model.name if job.model.gguf is None else job.model.gguf.name,
             "weights_sha256": job.model.digest,
@@ -94,7 +136,8 @@ def run_quantize(job: Job, folder: RunFolder, calibration: Calibration, progress
             "seed": job.request.seed,
             "versions": versions(job.target.tools),
         }
-        return quantize(folded, calibration, job.records, job.recipe.embedding, folder.quantized, provenance, progress)
+        recipe, path = job.recipe, folder.quantized
+        return quantize(folded, calibration, job.records, recipe.embedding, path, provenance, progress, recipe.kv_cache)
 
 
 def run_lower(job: Job, folder: RunFolder, checkpoint: QuantizedCheckpoint, progress: Progress) -> Bundle:

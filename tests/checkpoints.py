@@ -24,6 +24,7 @@ from afq_export.quantize.checkpoint import (
 )
 from afq_export.spec.catalog import load_target
 from afq_export.spec.quant import Granularity, LinearSpec, QuantSpec, ScaleType, linear_name
+from afq_export.spec.recipe import FLOAT_CACHE, KvCache
 from afq_export.spec.target import TargetProfile
 
 KERNELS = ("qd8-f32-qc8w", "qd8-f32-qc4w", "qd8-f32-qb4w", "qs8-qc8w")
@@ -118,6 +119,7 @@ def random_checkpoint(
     *,
     embedding_bits: int = 8,
     seed: int = 0,
+    kv_cache: KvCache = FLOAT_CACHE,
 ) -> QuantizedCheckpoint:
     """A checkpoint whose block linears have `kernel` (or what `kernel(name)` says), lm_head int8 per channel; written
     to `folder` as the `quantize` stage writes it, and opened."""
@@ -139,7 +141,8 @@ def random_checkpoint(
         shape = (config.max_positions + config.position_offset, config.hidden)
         outer["embedding.float.embed_positions.weight"] = torch.randn(shape, generator=random)
     embedding = _embedding(config, embedding_bits, random)
-    return write_checkpoint(folder, config, blocks, embedding, QuantizedPart((head,), outer), {})
+    outer_part = QuantizedPart((head,), outer)
+    return write_checkpoint(folder, config, blocks, embedding, outer_part, {}, kv_cache=kv_cache)
 
 
 class DequantizedWeights:

@@ -36,6 +36,7 @@ LATER = {
     "cli",
     "commands",
     "device",
+    "estimate",
     "guard",
     "job",
     "lower",

@@ -14,7 +14,8 @@ def rope_tables(rope: Rope, positions_T: Tensor, dtype: torch.dtype = torch.floa
 
     Angles are float32 products as in transformers, whatever `dtype` is, so that a float64 run is the same function.
     """
-    angles = positions_T.float()[:, None] * torch.tensor(rope.inv_freq, dtype=torch.float32)[None, :]
+    frequencies = torch.tensor(rope.inv_freq, dtype=torch.float32, device=positions_T.device)
+    angles = positions_T.float()[:, None] * frequencies[None, :]
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * rope.attention_factor).to(dtype), (angles.sin() * rope.attention_factor).to(dtype)
 

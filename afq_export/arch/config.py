@@ -22,7 +22,8 @@ LARGEST, MOST_LAYERS = 1 << 27, 1 << 14
 class DecoderConfig:
     """Shape and options of a decoder-only Transformer.
 
-    `position_offset` is added to learned positions (2 in OPT). `max_positions` bounds the context.
+    `position_offset` is added to learned positions (2 in OPT). `max_positions` bounds the context. `down_hadamard` is
+    the size of the Hadamard matrices that the program multiplies the input of the MLP's last linear by; 0: none.
     """
 
     family: Literal["llama", "opt"]
@@ -44,6 +45,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     position_offset: int = 0
+    down_hadamard: int = 0
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 

@@ -24,15 +24,17 @@ def family(config: DecoderConfig) -> ModuleType:
     return FAMILIES[config.family]
 
 
-def rope_for(config: DecoderConfig, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+def rope_for(
+    config: DecoderConfig, tokens: int, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[Tensor, Tensor] | None:
     """cos and sin for positions 0..tokens-1, None when the family has learned positions."""
-    return rope_tables(config.rope, torch.arange(tokens), dtype) if config.rope else None
+    return rope_tables(config.rope, torch.arange(tokens, device=device), dtype) if config.rope else None
 
 
 def embed(config: DecoderConfig, weights: Weights, ids_BT: Tensor) -> Tensor:
     """Hidden states [B, T, D] of a sequence that starts at position 0."""
     rows = weights["embed_tokens.weight"][ids_BT]
-    return family(config).embed(config, rows, weights, torch.arange(ids_BT.shape[1]))
+    return family(config).embed(config, rows, weights, torch.arange(ids_BT.shape[1], device=ids_BT.device))
 
 
 def block(config: DecoderConfig, ops: Ops, x_BTD: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def block(config: DecoderConfig, ops: Ops, x_BTD: Tensor) -> Tensor:
 def run_block(config: DecoderConfig, ops: Ops, x_BTD: Tensor, attend: Attend) -> Tensor:
     """The same with `attend`(q, k, v) for attention, unless `ops` have attention of their own (arch/static.py)."""
     arch = family(config)
-    q, k, v = arch.attention_in(config, ops, x_BTD, rope_for(config, x_BTD.shape[1], x_BTD.dtype))
+    q, k, v = arch.attention_in(config, ops, x_BTD, rope_for(config, x_BTD.shape[1], x_BTD.dtype, x_BTD.device))
     return arch.attention_out(config, ops, x_BTD, getattr(ops, "attend", attend)(q, k, v))
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
-from afq_export.arch.ops import Ops, Weights
-from afq_export.spec.sites import FoldSite, Form, SiteKind
+from afq_export.arch.ops import Ops, Weights, spread
+from afq_export.spec.sites import ONLINE, FoldSite, Form, SiteKind
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -104,8 +104,10 @@ def fold_sites(config: DecoderConfig) -> tuple[FoldSite, ...]:
         producers=("up_proj", "gate_proj"),
         consumers=("down_proj",),
         dim=c.intermediate,
-        forms=(Form.DIAGONAL, Form.PERMUTATION),
-        refused={"affine": _GATE, "shift": _GATE},
+        forms=() if c.down_hadamard else (Form.DIAGONAL, Form.PERMUTATION),
+        refused=dict.fromkeys(("diagonal", "permutation", "affine"), ONLINE)
+        if c.down_hadamard
+        else {"affine": _GATE, "shift": _GATE},
     )
     return (
         FoldSite(name="attn_norm", producers=("attn_norm",), consumers=QKV, **norm),
@@ -142,4 +144,4 @@ def attention_out(config: DecoderConfig, ops: Ops, x_BTD: Tensor, a_BTHd: Tensor
     x = ops.add("attn_residual", x_BTD, out)
     h = ops.norm("mlp_norm", x)
     gated = ops.multiply("gated", ops.activation(ops.linear("gate_proj", h)), ops.linear("up_proj", h))
-    return ops.add("mlp_residual", x, ops.linear("down_proj", gated))
+    return ops.add("mlp_residual", x, ops.linear("down_proj", spread(config, ops, gated)))

@@ -37,15 +37,22 @@ class Ops(Protocol):
     def multiply(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """`x * y`, named like a sum."""
 
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        """`x` [..., n] times Hadamard matrices of `size` on the diagonal: only where a recipe asks for it."""
+
 
 class PlainSums:
-    """Sums and products as they are: all that most rungs and runtimes need of them."""
+    """Sums and products as they are, and nothing between linears: all that most rungs and runtimes need."""
 
     def add(self, name: str, x, y):
         return x + y
 
     def multiply(self, name: str, x, y):
         return x * y
+
+    def hadamard(self, x, size: int):
+        """Only programs of targets with `online` have it: the others were refused before any work."""
+        raise NotImplementedError
 
 
 class FloatOps(PlainSums):
@@ -69,6 +76,27 @@ class FloatOps(PlainSums):
 
     def activation(self, x: Tensor) -> Tensor:
         return activate(self.config.activation, x)
+
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        return block_hadamard(x, size)
+
+
+def spread(config: DecoderConfig, ops: Ops, x: Tensor) -> Tensor:
+    """The input of the MLP's last linear, multiplied by Hadamard matrices where the decoder has them."""
+    return ops.hadamard(x, config.down_hadamard) if config.down_hadamard else x
+
+
+def block_hadamard(x: Tensor, size: int) -> Tensor:
+    """`x` [..., n] times `hadamard_matrix(size)`, once for every `size` numbers."""
+    return (x.reshape(*x.shape[:-1], -1, size) @ hadamard_matrix(size, x.dtype)).reshape(x.shape)
+
+
+def hadamard_matrix(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sylvester's matrix [n, n] of a power of two over its square root: orthogonal, symmetric, its own inverse."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return (matrix / size**0.5).to(dtype)
 
 
 def activate(name: str, x: Tensor) -> Tensor:

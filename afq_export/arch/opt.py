@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
-from afq_export.arch.ops import Ops, Weights
-from afq_export.spec.sites import FoldSite, Form, SiteKind
+from afq_export.arch.ops import Ops, Weights, spread
+from afq_export.spec.sites import ONLINE, FoldSite, Form, SiteKind
 
 MODEL_TYPES = ("opt",)
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -73,6 +73,7 @@ def fold_sites(config: DecoderConfig) -> tuple[FoldSite, ...]:
             "permutation": "a norm's output cannot be permuted without a gather at run time",
         },
     )
+    through = (Form.DIAGONAL, Form.PERMUTATION) if c.activation == "relu" else (Form.PERMUTATION,)
     return (
         FoldSite(name="attn_norm", producers=("attn_norm",), consumers=QKV, shift=c.qkv_bias, **norm),
         FoldSite(name="mlp_norm", producers=("mlp_norm",), consumers=("fc1",), shift=c.mlp_bias, **norm),
@@ -101,8 +102,10 @@ def fold_sites(config: DecoderConfig) -> tuple[FoldSite, ...]:
             producers=("fc1",),
             consumers=("fc2",),
             dim=c.intermediate,
-            forms=(Form.DIAGONAL, Form.PERMUTATION) if c.activation == "relu" else (Form.PERMUTATION,),
-            refused={"affine": "the nonlinearity is elementwise: only a positive scale or a permutation passes"},
+            forms=() if c.down_hadamard else through,
+            refused=dict.fromkeys(("diagonal", "permutation", "affine"), ONLINE)
+            if c.down_hadamard
+            else {"affine": "the nonlinearity is elementwise: only a positive scale or a permutation passes"},
             positive=True,
         ),
     )
@@ -131,4 +134,5 @@ def attention_out(config: DecoderConfig, ops: Ops, x_BTD: Tensor, a_BTHd: Tensor
     out = ops.linear("o_proj", a_BTHd.reshape(*a_BTHd.shape[:2], config.heads * config.head_dim))
     x = ops.add("attn_residual", x_BTD, out)
     h = ops.norm("mlp_norm", x)
-    return ops.add("mlp_residual", x, ops.linear("fc2", ops.activation(ops.linear("fc1", h))))
+    y = spread(config, ops, ops.activation(ops.linear("fc1", h)))
+    return ops.add("mlp_residual", x, ops.linear("fc2", y))

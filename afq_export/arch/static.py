@@ -111,7 +111,7 @@ class TorchParts:
         return x
 
     def mask(self, scores: Tensor) -> Tensor:
-        return torch.full(scores.shape[-2:], MASKED, dtype=scores.dtype).triu(1)
+        return scores.new_full(scores.shape[-2:], MASKED).triu(1)
 
 
 class StaticOps:
@@ -132,6 +132,10 @@ class StaticOps:
 
     def multiply(self, name: str, x: Any, y: Any) -> Any:
         return self.visit(name, x * y)
+
+    def hadamard(self, x: Any, size: int) -> Any:
+        """Static graphs have none: it was refused before any work."""
+        raise NotImplementedError
 
     def rotate(self, x: Any, rope: Any) -> Any:
         """Queries and keys take turns, as the families call it."""

@@ -34,7 +34,8 @@ PROGRAM = "model.onnx"
 NBITS = "MatMulNBits"
 LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 """At 0 MatMulNBits takes float activations, at 4, which is also what ONNX Runtime takes unasked, int8 ones."""
-BYTE = 8
+BYTE, MEGABYTE = 8, 1_000_000
+SCALE_BYTES = 4
 PROGRAM_BYTES = 5_000
 """Nodes, names and metadata of a file with no linear, and ..."""
 NODE_BYTES = {NBITS: 500, "MatMulInteger": 1_140, "MatMulIntegerToFloat": 690, "QLinearMatMul": 900}
@@ -71,19 +72,22 @@ def refuse(target: TargetProfile, records: Mapping[str, LinearRecord]) -> None:
 
 
 def overhead(config: DecoderConfig, records: Mapping[str, LinearRecord], target: TargetProfile) -> int:
-    """Nodes and names by experience, half of cos and sin, zero points where they are written."""
+    """Nodes and names by experience, half of cos and sin, zero points where they are written, repeated scales."""
     positions = min(config.max_positions, target.shapes.context)
     tables = positions * config.head_dim * 4 if config.rope else 0
-    zero_points = 0
+    zero_points = repeated = 0
     for record in records.values():
-        kernel = target.kernel(record.kernel)
+        kernel, spec = target.kernel(record.kernel), record.spec
+        groups = -(-spec.inputs // kernel.scale_group) if kernel.scale_group else spec.groups
+        repeated += spec.outputs * (groups - spec.groups) * SCALE_BYTES
         if kernel.runs_as == NBITS and (target.onnx.explicit_zero_points or kernel.stored_bits == BYTE):
-            zero_points += record.spec.outputs * record.spec.groups * kernel.stored_bits // BYTE
+            zero_points += spec.outputs * groups * kernel.stored_bits // BYTE
     return (
         tables
         + PROGRAM_BYTES
         + sum(NODE_BYTES[target.kernel(r.kernel).runs_as] for r in records.values())
         + zero_points
+        + repeated
     )
 
 
@@ -92,7 +96,7 @@ def shares_rows(head: LinearRecord, embedding: Embedding, target: TargetProfile)
     kernel, weight = target.kernel(head.kernel), head.spec.weight
     static = kernel.arithmetic == "onnxruntime.static_to_float"
     same = embedding.bits == weight.bits == kernel.stored_bits and embedding.group == weight.group
-    return same and not static
+    return same and not static and embedding.bits != 2  # what `embedding.is_shared` says of the file
 
 
 def write(
@@ -113,11 +117,11 @@ def write(
     lower_onnx(checkpoint, target, folder, provenance, progress)
     options = run_options(checkpoint, target)
     write_options(folder / SESSION_FILE, options)
-    opened = OnnxSession(folder / PROGRAM, options)
-    inputs, outputs = opened.run_both(vector)
-    write_vectors(folder, inputs, outputs)
+    if sum(path.stat().st_size for path in folder.glob(f"{PROGRAM}*")) <= target.onnx.vectors_mb * MEGABYTE:
+        inputs, outputs = OnnxSession(folder / PROGRAM, options).run_both(vector)
+        write_vectors(folder, inputs, outputs)
     (folder / GENAI_CONFIG).write_text(
-        genai_config(checkpoint.config, options.context, options.session), encoding="utf-8"
+        genai_config(checkpoint.config, options.context, options.session, checkpoint.kv_cache), encoding="utf-8"
     )
     if target.onnx.ort_format:
         write_ort_format(folder / PROGRAM, folder, options.session)
@@ -143,7 +147,8 @@ def runtime(bundle: Bundle, target: TargetProfile, checkpoint: QuantizedCheckpoi
         from afq_export.lower.onnx.float_parts import OnnxFloatParts
         from afq_export.lower.onnx.program import opset_of
 
-        return OnnxFloatParts(opset_of(checkpoint, target), target, _options(bundle))
+        kept = not checkpoint.kv_cache.quantized
+        return OnnxFloatParts(opset_of(checkpoint, target), target, _options(bundle), kept)
 
     def more(ids):
         from afq_export.validate.onnxruntime import runtime_checks

@@ -7,7 +7,8 @@ very integers of the block that will ship, is the next block's quantized input (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,13 +17,15 @@ from torch import Tensor
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, embed, family
 from afq_export.arch.ops import FloatOps, Ops, Weights
+from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
 from afq_export.calibrate.learn import BlockProblem, Learned, learn_block, measure
-from afq_export.calibrate.ops import QuantizedPathOps, Records, token_weights
+from afq_export.calibrate.ops import QuantizedPathOps, moved, token_power, token_weights
 from afq_export.calibrate.outer import head_grids, rows_grid
 from afq_export.calibrate.parameters import BlockParameters
 from afq_export.calibrate.ranges import observe_ranges, observe_tensors
 from afq_export.calibrate.result import BlockResult, Calibration, block_path, read_block, write_block, write_outer
 from afq_export.calibrate.rounding import round_block, rounded_weights
+from afq_export.calibrate.shards import ALONE, Shards
 from afq_export.calibrate.start import start_parameters
 from afq_export.calibrate.statistics import input_statistics
 from afq_export.calibrate.tensors import linear_ranges, static_ops
@@ -38,9 +41,9 @@ from afq_export.quantize.assign import HEAD
 from afq_export.quantize.checkpoint import LinearRecord, StaticRange
 from afq_export.quantize.quantize import quantize_block
 from afq_export.quantize.tensors import TensorBits, visit_grids
+from afq_export.spec.history import History
 from afq_export.spec.quant import linear_name
 from afq_export.spec.recipe import Recipe
-from afq_export.spec.report import History
 
 
 def calibrate(
@@ -52,61 +55,101 @@ def calibrate(
     seed: int,
     progress: Progress,
     tensor_bits: TensorBits | None = None,
+    store: ActivationStore = IN_MEMORY,
+    shards: Shards = ALONE,
 ) -> Calibration:
     """Learns every block and writes its result to `folder`; blocks whose file is there are not learned again.
 
     `records`: grid and kernel of every linear, from `assign`. A resumed run ends in the same bytes: a block's learning
     depends on the seed, its index and its inputs only, and the inputs are recomputed with the same operations.
-    `tensor_bits`: of the grids that every tensor gets, None when only linears are static.
+    `tensor_bits`: of the grids that every tensor gets, None when only linears are static. `store`: where activations of
+    all windows are kept; it changes no bit. With several processes (shards.py) each has its own windows; the first one
+    writes, into a folder that all of them see.
     """
-    config = model.config
+    config, batch, device = model.config, shards.per_shard(recipe.learning.batch), store.device
+    ids_NT = shards.own(windows.ids_NT).to(device)
+    shape = torch.Size((*ids_NT.shape, config.hidden))
     choices = choose_forms(config, recipe.transforms)
     calibration = Calibration(folder, config.layers)
     folded = FoldedCheckpoint(model, calibration.transforms())
-    x_float = embed(config, model.embedding(), windows.ids_NT)
-    x_quant = x_float
+    rows = moved(model.embedding(), device)
+    x_float = x_quant = store.collect((embed(config, rows, ids) for ids in ids_NT.split(batch)), shape)
     outer: dict[str, StaticRange] = {}
     if tensor_bits:
-        outer["hidden"] = rows_grid(model.embedding(), tensor_bits.of("hidden"))
-        x_quant = fake_quantize_static(x_float, outer["hidden"])
+        hidden = outer["hidden"] = rows_grid(rows, tensor_bits.of("hidden"))
+        x_quant = store.collect((fake_quantize_static(x, hidden) for x in x_float.split(batch)), shape)
+    del rows
     for index in range(config.layers):
-        weights = model.block(index)
+        weights = moved(model.block(index), device)
         roles = family(config).linear_shapes(config)
         of_block = {role: records[linear_name(index, role)] for role in roles}
-        y_float = run_block(config, FloatOps(config, weights), x_float, recipe.learning.batch)
+        y_float = run_block(config, FloatOps(config, weights), x_float, batch, store)
         path = block_path(folder, index)
         progress("calibrate", index, config.layers)
-        if not path.exists():
-            targets = _targets(config, weights, x_float, x_quant, y_float, recipe)
-            importance = token_weights(y_float, recipe.learning.loss)
-            problem = BlockProblem(config, weights, of_block, x_quant, targets, importance, tensor_bits)
-            exact = model.block(index, torch.float64)
-            result = _learn(problem, exact, choices, recipe, seed + index, index, config.layers, progress)
-            write_block(path, result)
-        x_quant = _quantized_output(folded, read_block(path), records, index, x_quant, recipe.learning.batch)
+        if not _done(path, shards):
+            targets = _targets(config, weights, x_float, x_quant, y_float, recipe, batch, store)
+            power = torch.cat([token_power(y) for y in y_float.split(batch)])
+            importance = token_weights(power, shards.gather(power).mean(), recipe.learning.loss)
+            problem = BlockProblem(
+                config,
+                weights,
+                of_block,
+                x_quant,
+                targets,
+                importance,
+                tensor_bits,
+                recipe.kv_cache,
+                shards,
+                recipe.learning.held_out,
+            )
+            exact = functools.partial(_exact, model, index, device)
+            result = _learn(problem, exact, x_float, choices, recipe, seed + index, index, config.layers, progress)
+            if shards.writes:
+                write_block(path, result)
+            shards.wait()
+            del problem, targets, result
+        del weights  # of the next lines, each has the block's weights in a form of its own
+        if index + 1 < config.layers or tensor_bits:
+            x_quant = _quantized_output(folded, read_block(path), records, index, x_quant, recipe, batch, store)
         x_float = y_float
     if tensor_bits:
-        clip = calibration.head_clip(records[HEAD].spec)
-        write_outer(
-            folder, outer | head_grids(config, folded.head(), records[HEAD], clip, x_quant, recipe, tensor_bits)
-        )
+        clip, head = calibration.head_clip(records[HEAD].spec).to(device), moved(folded.head(), device)
+        write_outer(folder, outer | head_grids(config, head, records[HEAD], clip, x_quant, recipe, tensor_bits))
     progress("calibrate", config.layers, config.layers)
     return calibration
 
 
+def _exact(model: DecoderWeights, index: int, device: torch.device) -> dict[str, Tensor]:
+    """A block's weights in float64."""
+    return moved(model.block(index, torch.float64), device)
+
+
+def _done(path: Path, shards: Shards) -> bool:
+    """Whether a block's result is there, as the process that writes sees it."""
+    return bool(shards.gather(torch.tensor([path.exists()]))[0])
+
+
 def _targets(
-    config: DecoderConfig, weights: Weights, x_float: Tensor, x_quant: Tensor, y_float: Tensor, recipe: Recipe
-) -> tuple[Tensor, ...]:
+    config: DecoderConfig,
+    weights: Weights,
+    x_float: Rows,
+    x_quant: Rows,
+    y_float: Rows,
+    recipe: Recipe,
+    batch: int,
+    store: ActivationStore,
+) -> tuple[Rows, ...]:
     """What the quantized block is to come near: the float path's output and, augmented, the float block's output
     on the quantized path's own input."""
     if not recipe.learning.augmented_loss or recipe.activations.mode == "none" or x_quant is x_float:
         return (y_float,)
-    return (y_float, run_block(config, FloatOps(config, weights), x_quant, recipe.learning.batch))
+    return (y_float, run_block(config, FloatOps(config, weights), x_quant, batch, store))
 
 
 def _learn(
     problem: BlockProblem,
-    exact: Weights,
+    exact: Callable[[], Weights],
+    x_float: Rows,
     choices: tuple[SiteChoice, ...],
     recipe: Recipe,
     seed: int,
@@ -114,11 +157,13 @@ def _learn(
     layers: int,
     progress: Progress,
 ) -> BlockResult:
-    """Start values, learning, rounding, static ranges of one block. `exact`: its weights in float64."""
-    batch = recipe.learning.batch
-    statistics = input_statistics(problem.config, problem.weights, problem.inputs, batch)
+    """Start values, learning, rounding, static ranges of one block. `exact` reads its weights in float64; `x_float` is
+    the float path's input."""
+    batch, shards = recipe.learning.batch, problem.shards
+    part = shards.per_shard(batch)
+    statistics = input_statistics(problem.config, problem.weights, problem.inputs, part, shards)
     start = start_parameters(choices, recipe, problem.weights, statistics, problem.records)
-    rounded = measure(problem, _plain(problem.records), 0.0, 0.0, batch)
+    rounded = measure(problem, _plain(problem), 0.0, 0.0, batch)
 
     def tick(epoch: int, epochs: int) -> None:
         progress(f"calibrate: block {index + 1} of {layers}, epoch", epoch, epochs)
@@ -126,9 +171,10 @@ def _learn(
     learned = learn_block(problem, start, recipe.learning, seed, tick)
     transforms = _transforms(learned)
     sites = family(problem.config).fold_sites(problem.config)
-    folded = {name: tensor.float() for name, tensor in fold_block(sites, transforms, exact).items()}
+    folded = fold_block(sites, transforms, exact())
+    folded = {name: folded.pop(name).float() for name in list(folded)}
     clips = {role: clip.detach() for role, clip in learned.parameters.clips().items()}
-    done = round_block(problem, folded, clips, recipe.rounding, seed, tick)
+    done = round_block(problem, folded, clips, recipe.rounding, x_float, seed, tick)
     ranges, tensors = {}, {}
     activations = [record.spec.activation for record in problem.records.values()]
     if problem.tensor_bits:
@@ -148,10 +194,11 @@ def _transforms(learned: Learned) -> dict[str, SiteTransform]:
     return {name: transform.detached() for name, transform in transforms.items()}
 
 
-def _plain(records: Records) -> BlockParameters:
+def _plain(problem: BlockProblem) -> BlockParameters:
     """No transform and no clipping: round-to-nearest, the yardstick of every block."""
-    shapes = {role: (record.spec.outputs, record.spec.groups) for role, record in records.items()}
-    return BlockParameters([], {role: torch.full(shape, torch.inf) for role, shape in shapes.items()}, False)
+    specs = {role: record.spec for role, record in problem.records.items()}
+    new = problem.token_weights.new_full
+    return BlockParameters([], {role: new((s.outputs, s.groups), torch.inf) for role, s in specs.items()}, False)
 
 
 def _quantized_output(
@@ -159,9 +206,11 @@ def _quantized_output(
     result: BlockResult,
     records: Mapping[str, LinearRecord],
     index: int,
-    x: Tensor,
+    x: Rows,
+    recipe: Recipe,
     batch: int,
-) -> Tensor:
+    store: ActivationStore,
+) -> Rows:
     """The block's output with the integers, scales and ranges that the quantize stage will write."""
     part = quantize_block(folded, result, records, index)
     weights = {key.removeprefix("float."): tensor for key, tensor in part.floats.items()}
@@ -169,15 +218,16 @@ def _quantized_output(
         weights[f"{linear.spec.role}.weight"] = linear.dequantized()
         if linear.bias is not None:
             weights[f"{linear.spec.role}.bias"] = linear.bias
+    weights = moved(weights, store.device)
     final = {linear.spec.role: linear.record for linear in part.linears}
     if result.tensors:
         ops: Ops = static_ops(folded.config, weights, visit_grids(result.tensors))
     else:
-        ops = QuantizedPathOps(folded.config, weights, final, result.ranges or None)
-    return run_block(folded.config, ops, x, batch)
+        ops = QuantizedPathOps(folded.config, weights, final, result.ranges or None, recipe.kv_cache)
+    return run_block(folded.config, ops, x, batch, store)
 
 
 @torch.no_grad()
-def run_block(config: DecoderConfig, ops: Ops, x_NTD: Tensor, batch: int) -> Tensor:
+def run_block(config: DecoderConfig, ops: Ops, x_NTD: Rows, batch: int, store: ActivationStore = IN_MEMORY) -> Rows:
     """One block over all windows, `batch` at a time."""
-    return torch.cat([block(config, ops, part) for part in x_NTD.split(batch)])
+    return store.collect((block(config, ops, part) for part in x_NTD.split(batch)), x_NTD.shape)

@@ -13,21 +13,26 @@ from torch import Tensor
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, family
 from afq_export.arch.ops import Ops, Weights
-from afq_export.calibrate.ops import QuantizedPathOps, Records, block_loss, quantized_weights
+from afq_export.calibrate.activations import Rows
+from afq_export.calibrate.ops import QuantizedPathOps, Records, block_loss, matmuls_in, quantized_weights
 from afq_export.calibrate.parameters import BlockParameters
+from afq_export.calibrate.shards import ALONE, Shards
 from afq_export.calibrate.tensors import TensorGrids, static_ops
 from afq_export.fold.sites import fold_block
 from afq_export.fold.transform import condition_number, dominance_margin
 from afq_export.quantize.tensors import TensorBits
-from afq_export.spec.recipe import Learning
-from afq_export.spec.report import EpochRecord
+from afq_export.spec.history import EpochRecord
+from afq_export.spec.recipe import FLOAT_CACHE, KvCache, Learning
 from afq_export.spec.sites import Form
 
 RETRIES = 3
 """A block that diverges is tried again with a tenth of the stability factor this many times."""
 
 MEASURED = 16
-"""Windows that a block's loss is measured on before and after learning."""
+"""Windows that a block's loss is measured on when none are held out."""
+
+HELD_SHARE = 4
+"""One in so many windows may be held out at most."""
 
 EXPLODED = 2.0
 """An epoch whose loss is this many times the start's has exploded."""
@@ -41,17 +46,41 @@ class BlockProblem:
     config: DecoderConfig
     weights: Weights
     records: Records
-    inputs: Tensor
-    targets: tuple[Tensor, ...]
+    inputs: Rows
+    targets: tuple[Rows, ...]
     token_weights: Tensor
     tensor_bits: TensorBits | None = None
     """Where every tensor of the block lies on a static grid: of how many bits (tensors.py)."""
+    kv_cache: KvCache = FLOAT_CACHE
+    shards: Shards = ALONE
+    """Windows are those of this process."""
+    held_out: int = 0
+    """Windows of all processes that nothing is learned on; less when there are few (`measured`)."""
+
+    def measured(self) -> list[Tensor]:
+        """The windows that losses are measured on, shard by shard: those held out, else MEASURED spread over all."""
+        windows = len(self.inputs)
+        most = min(self.held_out, windows * self.shards.world // HELD_SHARE)
+        return self.shards.spread(windows, most if self._holds_out else MEASURED)
+
+    def batches(self, batch: int, generator: torch.Generator) -> list[Tensor]:
+        """This process' windows of every step of an epoch, in random order; none that is held out."""
+        learned = torch.ones(len(self.inputs), dtype=torch.bool)
+        if self._holds_out:
+            learned[torch.cat(self.measured())] = False
+        windows = learned.nonzero()[:, 0]
+        return [windows[part] for part in self.shards.batches(len(windows), batch, generator)]
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether there are windows enough to hold some out."""
+        return self.held_out > 0 and len(self.inputs) // self.shards.local >= HELD_SHARE
 
     def ops(self, weights: Weights) -> Ops:
         """The quantized path with quantized `weights`, static grids over what each call shows."""
         if self.tensor_bits:
             return static_ops(self.config, weights, TensorGrids(self.config, self.tensor_bits))
-        return QuantizedPathOps(self.config, weights, self.records)
+        return QuantizedPathOps(self.config, weights, self.records, kv_cache=self.kv_cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +145,15 @@ def measure(problem: BlockProblem, p: BlockParameters, opened: float, alpha: flo
 
 @torch.no_grad()
 def held_loss(problem: BlockProblem, weights: Weights, batch: int) -> float:
-    """The loss of a block with quantized `weights` in float32, on up to MEASURED windows spread over all."""
-    count = min(MEASURED, len(problem.inputs))
-    windows = torch.arange(count) * len(problem.inputs) // count
-    return sum(float(block_output_loss(problem, weights, part)) * len(part) for part in windows.split(batch)) / count
+    """The loss of a block with quantized `weights` in float32, on the windows that are held out; where none are, on up
+    to MEASURED windows spread over all."""
+    shards = problem.shards
+
+    def of(windows: Tensor) -> float:
+        parts = windows.split(shards.per_shard(batch))
+        return sum(float(block_output_loss(problem, weights, part)) * len(part) for part in parts) / len(windows)
+
+    return shards.mean([of(windows) for windows in problem.measured()])
 
 
 def _epochs(
@@ -138,40 +172,51 @@ def _epochs(
     groups = [g for g in parameters.groups(learning.learning_rate, learning.clipping_rate) if g["params"]]
     if not groups:
         return 1.0
-    best, kept = 1.0, copy.deepcopy(parameters.state_dict())
+    kept, at = copy.deepcopy(parameters.state_dict()), 0
     least = math.inf
     optimiser = torch.optim.AdamW(groups, weight_decay=learning.weight_decay)
-    steps = math.ceil(len(problem.inputs) / learning.batch)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, _course(learning, steps * learning.epochs))
+    scheduler: torch.optim.lr_scheduler.LambdaLR | None = None
     for epoch in range(1, learning.epochs + 1):
-        opened, total = epoch / learning.epochs, 0.0
-        order = torch.randperm(len(problem.inputs), generator=generator)
-        for part in order.split(learning.batch):
-            loss = train_step(problem, parameters, opened, alpha, part, learning)
+        opened, losses = epoch / learning.epochs, []
+        batches = problem.batches(learning.batch, generator)
+        if scheduler is None:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, _course(learning, len(batches) * learning.epochs))
+        for part in batches:
+            losses.append(train_step(problem, parameters, opened, alpha, part, learning) * len(part))
             optimiser.step()
             scheduler.step()
-            total += loss * len(part) / len(order)
-        history.append(_record(parameters, epoch, total, opened, alpha))
+        loss = sum(losses) / sum(len(part) for part in batches)
+        held = measure(problem, parameters, opened, alpha, learning.batch) if problem.held_out else None
+        history.append(_record(parameters, epoch, loss, held, opened, alpha))
         _check(history[-1], start_loss)
-        if total < least:
-            best, kept, least = opened, copy.deepcopy(parameters.state_dict()), total
+        judged = loss if held is None else held
+        if judged < least:
+            kept, at, least = copy.deepcopy(parameters.state_dict()), epoch, judged
         tick(epoch, learning.epochs)
+        if learning.patience and epoch - at >= learning.patience:
+            break
     parameters.load_state_dict(kept)
-    return best
+    return at / learning.epochs
 
 
 def train_step(
     problem: BlockProblem, p: BlockParameters, opened: float, alpha: float, part: Tensor, learning: Learning
 ) -> float:
     """Forward and backward on the windows `part`: gradients are set, the loss is returned. Raises Diverged."""
+
+    def run(windows: Tensor) -> float:
+        weights = quantized_block_weights(problem, p, opened, alpha)
+        with matmuls_in(learning.autocast, problem.token_weights.device):
+            loss = block_output_loss(problem, weights, windows)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+        return value
+
     p.zero_grad(set_to_none=True)
-    weights = quantized_block_weights(problem, p, opened, alpha)
-    with torch.autocast("cpu", torch.bfloat16, enabled=learning.autocast == "bfloat16"):
-        loss = block_output_loss(problem, weights, part)
-    value = float(loss.detach())
+    value = problem.shards.step(list(p.parameters()), part, run)
     if not math.isfinite(value):
         raise Diverged("the loss is not finite")
-    loss.backward()
     return value
 
 
@@ -189,7 +234,9 @@ def _course(learning: Learning, steps: int) -> Callable[[int], float]:
 
 
 @torch.no_grad()
-def _record(p: BlockParameters, epoch: int, loss: float, opened: float, alpha: float) -> EpochRecord:
+def _record(
+    p: BlockParameters, epoch: int, loss: float, held: float | None, opened: float, alpha: float
+) -> EpochRecord:
     transforms = p.transforms(opened, alpha, torch.float64).values()
     return EpochRecord(
         epoch,
@@ -197,6 +244,7 @@ def _record(p: BlockParameters, epoch: int, loss: float, opened: float, alpha: f
         min((dominance_margin(t) for t in transforms), default=1.0),
         max((condition_number(t) for t in transforms), default=1.0),
         alpha,
+        held,
     )
 
 

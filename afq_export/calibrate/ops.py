@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from afq_export.arch.attention import causal_attention
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import FloatOps, Weights
 from afq_export.quantize.activations import fake_quantize_dynamic, fake_quantize_static, range_grid
+from afq_export.quantize.cache import cached
 from afq_export.quantize.checkpoint import LinearRecord, StaticRange
 from afq_export.quantize.grid import fake_quantize_weight, weight_scales
 from afq_export.spec.quant import QuantSpec
+from afq_export.spec.recipe import FLOAT_CACHE, KvCache
 
 Records = Mapping[str, LinearRecord]
 Ranges = Mapping[str, tuple[StaticRange, StaticRange | None]]
@@ -26,9 +31,16 @@ class QuantizedPathOps(FloatOps):
     Linears that share their input share its quantization, as they do in the program.
     """
 
-    def __init__(self, config: DecoderConfig, weights: Weights, records: Records, ranges: Ranges | None = None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: Weights,
+        records: Records,
+        ranges: Ranges | None = None,
+        kv_cache: KvCache = FLOAT_CACHE,
+    ) -> None:
         super().__init__(config, weights)
-        self.records, self.ranges = records, ranges
+        self.records, self.ranges, self.kv_cache = records, ranges, kv_cache
         self._shared: tuple[Tensor, QuantSpec, Tensor] | None = None
 
     def linear(self, role: str, x: Tensor) -> Tensor:
@@ -37,6 +49,10 @@ class QuantizedPathOps(FloatOps):
             return y
         after = self.ranges[role][1] if self.ranges else None
         return fake_quantize_static(y, after or seen_range(y, self._bits(role)))
+
+    def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """Attention over keys and values as the cache holds them."""
+        return causal_attention(q_BTHd, *(cached(x, self.kv_cache) for x in (k_BTKd, v_BTKd)))
 
     def quantized_input(self, role: str, x: Tensor) -> Tensor:
         """`x` on the grid that the linear's input has."""
@@ -65,22 +81,40 @@ def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Rec
     return new
 
 
+def matmuls_in(precision: Literal["float32", "bfloat16"], device: torch.device) -> contextlib.AbstractContextManager:
+    """The precision of matmuls on `device` inside of this context."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def moved(weights: Weights, device: torch.device) -> dict[str, Tensor]:
+    """The weights in the memory of `device`."""
+    return {name: tensor.to(device) for name, tensor in weights.items()}
+
+
 def block_loss(y_BTD: Tensor, targets: tuple[Tensor, ...], weights_BT1: Tensor) -> Tensor:
     """Weighted squared error to every target, averaged (AffineQuant, eq. 4; two targets: the augmented loss)."""
     y = y_BTD.float()
     return sum(((y - target).square() * weights_BT1).mean() for target in targets) / len(targets)
 
 
-def token_weights(y_NTD: Tensor, loss: Literal["balanced", "mse"]) -> Tensor:
+def token_power(y_NTD: Tensor) -> Tensor:
+    """Mean square [N, T, 1] of every token's output."""
+    return y_NTD.square().mean(-1, keepdim=True).clamp_min(1e-12)
+
+
+def token_weights(power_NT1: Tensor, mean: Tensor, loss: Literal["balanced", "mse"]) -> Tensor:
     """Weights [N, T, 1] that make the loss relative: 0.01 is an error of a hundredth of the output's energy.
+
+    `power_NT1`: of the tokens (`token_power`), `mean`: over all tokens that there are.
 
     `mse` is the paper's loss over the mean square of all outputs. A few tokens of a Llama have outputs a thousand times
     the others' (arXiv 2402.17762) and are nearly all of that mean, yet the next norm divides every token by its own
     size; `balanced` is the mean of that loss and of each token's error over its own mean square.
     """
-    power = y_NTD.square().mean(-1, keepdim=True).clamp_min(1e-12)
-    overall = (1 / power.mean()).expand_as(power)
-    return overall if loss == "mse" else (overall + 1 / power) / 2
+    overall = (1 / mean).expand_as(power_NT1)
+    return overall if loss == "mse" else (overall + 1 / power_NT1) / 2
 
 
 def seen_range(x: Tensor, bits: int = 8) -> StaticRange:

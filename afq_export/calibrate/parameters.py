@@ -32,16 +32,17 @@ class SiteParameters(nn.Module):
         super().__init__()
         self.site, self.form = choice.site, choice.form
         heads, d = self.site.heads, self.site.head_dim
+        self._made: tuple[tuple[float, float, torch.dtype], Tensor, Tensor] | None = None
         self.shift = None if shift is None else nn.Parameter(shift.clone())
         if self.form is Form.PERMUTATION:
             self.register_buffer("order", start)
         elif self.form is Form.ROPE_PAIRS:
-            self.log_scale = nn.Parameter(torch.zeros(heads, d // 2))
-            self.angle = nn.Parameter(torch.zeros(heads, d // 2))
+            self.log_scale = nn.Parameter(start.new_zeros(heads, d // 2))
+            self.angle = nn.Parameter(start.new_zeros(heads, d // 2))
         else:
             self.log_diagonal = nn.Parameter(start.log())
             if self.form is Form.PER_HEAD:
-                self.off_diagonal = nn.Parameter(torch.zeros(heads, d, d))
+                self.off_diagonal = nn.Parameter(start.new_zeros(heads, d, d))
 
     def transform(self, opened: float, stability_factor: float, dtype: torch.dtype = torch.float32) -> SiteTransform:
         """The masked transform, as it is used, folded and saved. `opened`: how far the gradual mask is open."""
@@ -56,11 +57,20 @@ class SiteParameters(nn.Module):
         if self.form is Form.DIAGONAL:
             return SiteTransform(self.form, diagonal, shift)
         d = self.site.head_dim
-        mask = gradual_mask(d, opened, stability_factor).to(dtype)
-        mixed = torch.eye(d, dtype=dtype) + self.off_diagonal.to(dtype) * mask.fill_diagonal_(0.0)
+        mask, one = self._mask(opened, stability_factor, dtype)
+        mixed = one + self.off_diagonal.to(dtype) * mask
         rows = diagonal.view(self.site.heads, d)
         inverse = _inverse(mixed) / rows[:, None, :]
         return SiteTransform(self.form, rows[:, :, None] * mixed, shift, inverse)
+
+    def _mask(self, opened: float, stability_factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The gradual mask [d, d] without its diagonal, and the identity; made when the mask has changed."""
+        key = opened, stability_factor, dtype
+        if self._made is None or self._made[0] != key:
+            d, device = self.site.head_dim, self.off_diagonal.device
+            mask = gradual_mask(d, opened, stability_factor, device).to(dtype).fill_diagonal_(0.0)
+            self._made = key, mask, torch.eye(d, dtype=dtype, device=device)
+        return self._made[1:]
 
 
 class BlockParameters(nn.Module):

@@ -22,8 +22,8 @@ class _ObservingOps(QuantizedPathOps):
     Linears that share their input share its observer, and so its grid: the program quantizes it once.
     """
 
-    def __init__(self, *args, seen: dict[str, tuple[Observer, Observer]]) -> None:
-        super().__init__(*args)
+    def __init__(self, problem: BlockProblem, weights: Weights, seen: dict[str, tuple[Observer, Observer]]) -> None:
+        super().__init__(problem.config, weights, problem.records, kv_cache=problem.kv_cache)
         self.seen, self._input, self._role = seen, None, ""
 
     def linear(self, role: str, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def observe_ranges(
     grid where the kernel leaves its result float."""
     seen: dict[str, tuple[Observer, Observer]] = {}
     for x in problem.inputs.split(batch):
-        block(problem.config, _ObservingOps(problem.config, weights, problem.records, seen=seen), x)
+        block(problem.config, _ObservingOps(problem, weights, seen), x)
     kept = {role for role, record in problem.records.items() if record.spec.output == "static"}
     inputs: dict[Observer, StaticRange] = {}
     for before, _ in seen.values():

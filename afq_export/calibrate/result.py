@@ -13,20 +13,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from afq_export.errors import InputError
-from afq_export.files import write_beside, write_text
+from afq_export.files import folder_beside, write_beside, write_text
+from afq_export.fold.rotation import Rotation
 from afq_export.fold.transform import SiteTransform
 from afq_export.quantize.checkpoint import StaticRange
+from afq_export.spec.history import History, Tuning
 from afq_export.spec.quant import LinearSpec, linear_name
-from afq_export.spec.report import History
 from afq_export.spec.sites import Form
 from afq_export.spec.strict import Data
+
+TUNED_OUTER = "outer.safetensors"
+"""What end-to-end learning left of the last norm, and its history."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockResult:
-    """`transforms` by site name (float64), `clips` [O, G] in (0, 1] by role, `ranges` (input, output) by role, `codes`
-    int8 [O, I] by role where weights are not rounded to nearest, and `tensors`, the grids of all tensors by name for
-    targets that keep every one on a grid."""
+    """`transforms` by site name (float64), `clips` [O, G] above 0 by role, `ranges` (input, output) by role, `codes`
+    int8 [O, I] by role where weights are not rounded to nearest, `tensors`, the grids of all tensors by name for
+    targets that keep every one on a grid, and `floats`, the norms' tensors that end-to-end learning changed."""
 
     transforms: dict[str, SiteTransform]
     clips: dict[str, Tensor]
@@ -34,18 +38,38 @@ class BlockResult:
     history: History
     codes: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     tensors: dict[str, StaticRange] = dataclasses.field(default_factory=dict)
+    floats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What end-to-end learning made of all blocks, the tensors of the last norm that changed, and how it went."""
+
+    blocks: tuple[BlockResult, ...]
+    outer: dict[str, Tensor]
+    history: Tuning
 
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """The results of all blocks, read from the run folder when asked for."""
+    """The results of all blocks, read from the run folder when asked for: as end-to-end learning left them where it
+    has been through."""
 
     folder: Path
     layers: int
 
     def block(self, index: int) -> BlockResult:
         """The result of block `index`. Raises InputError when it is missing or broken."""
-        return read_block(block_path(self.folder, index))
+        tuned = tuned_path(self.folder)
+        return read_block(block_path(tuned if tuned.exists() else self.folder, index))
+
+    def outer_floats(self) -> dict[str, Tensor]:
+        """Tensors of the last norm that end-to-end learning changed."""
+        return _read_tuned(self.folder)[0] if tuned_path(self.folder).exists() else {}
+
+    def tuning(self) -> Tuning | None:
+        """How end-to-end learning went, None where there was none."""
+        return _read_tuned(self.folder)[1] if tuned_path(self.folder).exists() else None
 
     def transforms(self) -> Callable[[int], dict[str, SiteTransform]]:
         """Block index -> transforms by site name, for the fold stage."""
@@ -57,6 +81,10 @@ class Calibration:
         for index in range(self.layers if found else 0):
             found |= {linear_name(index, name): grid for name, grid in self.block(index).tensors.items()}
         return found
+
+    def rotation(self) -> Rotation | None:
+        """What was learned of the rotation, None where nothing was. Raises InputError when it is broken."""
+        return read_rotation(self.folder) if rotation_path(self.folder).exists() else None
 
     def head_clip(self, spec: LinearSpec) -> Tensor:
         """lm_head stands outside of all blocks: its ranges are not clipped. Ones [O, G]."""
@@ -79,6 +107,7 @@ def write_block(path: Path, result: BlockResult) -> None:
     """Writes a block's result whole or not at all. Raises InputError when a number in it is not finite."""
     tensors = {f"clip.{role}": clip.contiguous() for role, clip in result.clips.items()}
     tensors |= {f"codes.{role}": codes.contiguous() for role, codes in result.codes.items()}
+    tensors |= {f"float.{name}": tensor.contiguous() for name, tensor in result.floats.items()}
     for name, transform in result.transforms.items():
         tensors[f"matrix.{name}"] = transform.matrix.contiguous()
         if transform.shift is not None:
@@ -106,7 +135,55 @@ def read_block(path: Path) -> BlockResult:
     }
     clips = {key.removeprefix("clip."): t for key, t in tensors.items() if key.startswith("clip.")}
     codes = {key.removeprefix("codes."): t for key, t in tensors.items() if key.startswith("codes.")}
-    return BlockResult(transforms, clips, meta.ranges, meta.history, codes, meta.tensors)
+    floats = {key.removeprefix("float."): t for key, t in tensors.items() if key.startswith("float.")}
+    return BlockResult(transforms, clips, meta.ranges, meta.history, codes, meta.tensors, floats)
+
+
+def tuned_path(folder: Path) -> Path:
+    """The folder, in a calibration folder, of what end-to-end learning left."""
+    return folder / "tuned"
+
+
+def write_tuned(folder: Path, tuned: Tuned) -> None:
+    """Writes what end-to-end learning left, all of it or nothing."""
+    with folder_beside(tuned_path(folder)) as part:
+        for index, result in enumerate(tuned.blocks):
+            write_block(block_path(part, index), result)
+        meta = {"afq": msgspec.json.encode(tuned.history).decode()}
+        save_file({name: t.contiguous() for name, t in tuned.outer.items()}, part / TUNED_OUTER, metadata=meta)
+
+
+def _read_tuned(folder: Path) -> tuple[dict[str, Tensor], Tuning]:
+    """Inverse of `write_tuned`, without the blocks."""
+    path = tuned_path(folder) / TUNED_OUTER
+    try:
+        with safe_open(path, framework="pt") as file:
+            history = msgspec.json.decode(file.metadata()["afq"], type=Tuning)
+            return {key: file.get_tensor(key) for key in file.keys()}, history
+    except (OSError, SafetensorError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise InputError("cannot read what was learned end to end", where=str(path), why=str(error)) from error
+
+
+def rotation_path(folder: Path) -> Path:
+    """The file of the learned rotation in a calibration folder."""
+    return folder / "rotation.safetensors"
+
+
+def write_rotation(folder: Path, rotation: Rotation) -> None:
+    """Writes the learned rotation whole or not at all."""
+    tensors = {"residual": rotation.residual.contiguous(), "heads": rotation.heads.contiguous()}
+    with write_beside(rotation_path(folder)) as part:
+        save_file(tensors, part)
+
+
+def read_rotation(folder: Path) -> Rotation:
+    """Inverse of `write_rotation`."""
+    path = rotation_path(folder)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Rotation(file.get_tensor("residual"), file.get_tensor("heads"))
+    except (OSError, SafetensorError) as error:
+        raise InputError("cannot read the learned rotation", where=str(path), why=str(error)) from error
 
 
 def outer_path(folder: Path) -> Path:

@@ -56,14 +56,14 @@ def _start(choice: SiteChoice, recipe: Recipe, weights: Weights, statistics: Sta
     if choice.form is Form.PERMUTATION:
         return _order(site, statistics)
     if transforms.start == "ones" or site.kind is SiteKind.Q_TO_K:
-        return torch.ones(site.dim)
+        return torch.ones(site.dim, device=weights[f"{site.consumers[0]}.weight"].device)
     largest, mean, weight = _site_statistics(site, weights, statistics)
     smooth = [_normalised(largest**p / weight ** (1 - p)) for p in (POWERS if transforms.start == "search" else ())]
     if transforms.start == "smoothquant":
         return _normalised(largest**transforms.power / weight ** (1 - transforms.power))
     candidates = [_normalised(mean**p) for p in POWERS] + smooth
     errors = [_consumer_error(site, diagonal, weights, statistics, records) for diagonal in candidates]
-    return candidates[int(torch.tensor(errors).argmin())]
+    return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
 def _site_statistics(site: FoldSite, weights: Weights, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,7 +102,7 @@ def _consumer_error(
         weight, rows, record = weights[f"{role}.weight"], statistics[role].rows, records[role]
         spec = record.spec.weight
         scaled = weight * columns
-        scales = weight_scales(scaled, torch.ones(1), spec)
+        scales = weight_scales(scaled, scaled.new_ones(1), spec)
         quantized = dequantize(weight_codes(scaled, scales, spec), scales, spec.group)
         inputs = quantize_rows(rows / columns, record.spec.activation)
         error += float((F.linear(inputs, quantized) - F.linear(rows, weight)).square().sum())
@@ -122,7 +122,7 @@ def _order(site: FoldSite, statistics: Statistics) -> Tensor:
     """Channels sorted by their largest |x|, within every head: neighbours in a group get alike (RPTQ)."""
     largest = _per_kv_head(site, statistics[site.consumers[0]].largest, torch.amax).view(site.heads, -1)
     order = largest.argsort(dim=-1, stable=True)
-    return (order + torch.arange(site.heads)[:, None] * site.head_dim).reshape(-1)
+    return (order + torch.arange(site.heads, device=order.device)[:, None] * site.head_dim).reshape(-1)
 
 
 def _shift(choice: SiteChoice, statistics: Statistics) -> Tensor | None:
@@ -150,20 +150,20 @@ def _clip_logits(
     spec = record.spec.weight
     shape = (weight.shape[0], spec.groups(weight.shape[1]))
     if recipe.learning.clipping == "off":
-        return torch.full(shape, torch.inf)
-    columns = torch.ones(weight.shape[1]) if columns is None else columns
+        return weight.new_full(shape, torch.inf)
+    columns = weight.new_ones(weight.shape[1]) if columns is None else columns
     clips = search_clips(weight * columns, seen.energy / columns.square(), spec)
     unclipped = UNCLIPPED if recipe.learning.clipping == "learn" else torch.inf
-    return torch.where(clips < 1, clips.clamp(0.3, 0.999).logit(), torch.tensor(unclipped))
+    return torch.where(clips < 1, clips.clamp(0.3, 0.999).logit(), unclipped)
 
 
 def search_clips(weight_OI: Tensor, energy_I: Tensor, spec: QuantSpec) -> Tensor:
     """The factor among CLIPS, per group [O, G], with the least rounding error weighted by the inputs' energy."""
     values, energy = grouped(weight_OI, spec), grouped(energy_I[None, :], spec)
-    best = torch.ones(values.shape[:2])
-    least = torch.full(values.shape[:2], torch.inf)
+    best = values.new_ones(values.shape[:2])
+    least = values.new_full(values.shape[:2], torch.inf)
     for clip in CLIPS:
-        scales = weight_scales(weight_OI, torch.tensor(clip), spec)[..., None]
+        scales = weight_scales(weight_OI, weight_OI.new_tensor(clip), spec)[..., None]
         rounded = (values / scales).round_().clamp_(spec.qmin, spec.qmax).mul_(scales)
         error = (rounded.sub_(values).square_() * energy).sum(-1)
         better = error < least

@@ -100,7 +100,7 @@ def _attended_scores(scores: Tensor, bits: int) -> Tensor:
     well be the grid's lowest code: exp(-margin) = 2^-bits / tokens. What comes later than a token is not looked at.
     """
     tokens = scores.shape[-1]
-    later = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=scores.device).triu(1)
     rows = scores.unflatten(-2, (-1, tokens)).masked_fill(later, MASKED)
     largest = rows.amax(-1)
     margin = math.log(2.0**bits * tokens)

@@ -15,7 +15,7 @@ from afq_export.lower.bundle import Bundle, open_bundle
 from afq_export.paths import Kind
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, open_checkpoint
 from afq_export.report.layers import LayerGroup, groups_text, layer_groups
-from afq_export.report.tables import size_mb
+from afq_export.report.tables import cache_line, size_mb
 from afq_export.runfolder import RunFolder
 from afq_export.runtime.qnn import FILE as QNN_FILE
 from afq_export.spec.strict import Data
@@ -85,11 +85,12 @@ def quantized(checkpoint: QuantizedCheckpoint) -> Facts:
     """A quantized checkpoint; its files' sha256 were checked when it was opened."""
     embedding = f"int{checkpoint.embedding_bits}" if checkpoint.embedding_bits < 32 else "float32"
     group = f" g{checkpoint.embedding_group}" if checkpoint.embedding_group else ""
-    source = checkpoint.provenance
+    source, kept = checkpoint.provenance, checkpoint.kv_cache
     facts = {
         "folder": str(checkpoint.folder),
         **{key: source[key] for key in ("model", "recipe", "target", "seed") if key in source},
         "embedding": embedding + group,
+        "KV cache": f"int{kept.bits}{f' g{kept.group}' if kept.group else ''}" if kept.quantized else "float32",
         "files": f"{checkpoint.config.layers + 1} tensor files, every sha256 as in quant.json",
         "quant.json sha256": checkpoint.digest,
     }
@@ -146,6 +147,7 @@ def bundle(opened: Bundle) -> Facts:
         "weights sha256": manifest.model.digest,
         "recipe": manifest.recipe,
         "target": manifest.target,
+        **({"KV cache": cache_line(manifest.kv_cache)} if manifest.kv_cache else {}),
         "verdict": verdict,
         "made by": " ".join(manifest.command),
         "files": f"{len(manifest.files)} files, every sha256 as in manifest.json",

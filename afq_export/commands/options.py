@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -70,6 +70,28 @@ Threads = Annotated[
         min=1, metavar="N", help="Threads (default: all cores). Their number decides the last bits of what is learned."
     ),
 ]
+ShardCount = Annotated[
+    int | None,
+    typer.Option(
+        "--shards",
+        min=1,
+        metavar="N",
+        help="Parts that every calibration step is cut into, for as many processes (default: one a process). "
+        "Their number decides the last bits of what is learned.",
+    ),
+]
+ActivationMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--activation-memory-mb",
+        min=0,
+        metavar="MB",
+        help="Calibration activations beyond this go to files in the run folder (default: a quarter of the memory).",
+    ),
+]
+Processor = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option("--device", help="What blocks are learned on; auto: a GPU if any.")
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Remove what an earlier run left in the run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, also for errors.")]
 
@@ -116,6 +138,9 @@ def _request(
     window: Window = None,
     windows: Count = None,
     threads: Threads = None,
+    shards: ShardCount = None,
+    activation_memory_mb: ActivationMemory = None,
+    device: Processor = "auto",
 ) -> Request:
     return Request(
         target=target,
@@ -130,4 +155,7 @@ def _request(
         window=window,
         eval_windows=window_count(windows),
         threads=threads,
+        shards=shards,
+        activation_memory_mb=activation_memory_mb,
+        device=device,
     )

@@ -30,7 +30,7 @@ def command(request: Request, as_json: Json = False) -> None:
 
 def _text(plan: Plan) -> str:
     from afq_export.report.layers import groups_text
-    from afq_export.report.tables import site_reasons, sites_table, size_mb
+    from afq_export.report.tables import cache_line, online_lines, site_reasons, sites_table, size_mb
 
     size, memory, time = plan.size, plan.memory, plan.time
     parts = f"blocks {size_mb(size.linears)}, head {size_mb(size.head)}, embedding {size_mb(size.embedding)}"
@@ -41,17 +41,21 @@ def _text(plan: Plan) -> str:
         "calibration": plan.calibration,
         "evaluation": plan.evaluation,
         "embedding": plan.embedding,
+        **({"KV cache": cache_line(plan.kv_cache)} if plan.kv_cache else {}),
         "rotation": plan.rotation,
         "rounding": plan.rounding,
+        "end to end": plan.end_to_end,
         "run folder": plan.out,
     }
     estimates = {
         plan.file: f"{size_mb(size.total)} ({parts})",
         "memory": f"about {memory.calibrate:.0f} MB to calibrate, {memory.lower:.0f} MB to lower",
+        "activations": f"{memory.activations:.0f} MB in "
+        f"{'files of the run folder' if memory.spilled else 'memory'} (--activation-memory-mb)",
         "time": f"about {duration(time.calibrate)} to calibrate, {duration(time.lower)} to lower, "
         f"{duration(time.validate)} to validate, at the {time.gflops:.0f} GFLOP/s measured just now",
     }
-    folds = "\n".join([sites_table(plan.sites).text(), "", *site_reasons(plan.sites)])
+    folds = "\n".join([sites_table(plan.sites).text(), "", *site_reasons(plan.sites), *online_lines(plan.online)])
     sections = (_aligned(facts), folds, groups_text(plan.layers), "Estimates:", _aligned(estimates))
     return "\n\n".join(sections)
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from afq_export import pipeline
 from afq_export.calibrate.result import Calibration
+from afq_export.calibrate.shards import connected
+from afq_export.errors import InputError
 from afq_export.job import Job, Prepared, resolve
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
@@ -24,15 +26,22 @@ STATUS = {
 
 
 @contextlib.contextmanager
-def start(request: Request, fresh: bool, *, lowers: bool = True) -> Iterator[tuple[Job, RunFolder]]:
+def start(
+    request: Request, fresh: bool, *, lowers: bool = True, together: bool = False
+) -> Iterator[tuple[Job, RunFolder]]:
     """The job of `request` and its run folder; once nothing is refused, says what was taken by default.
 
-    Without `lowers`, what only lowering needs may be missing: it is said and not refused.
+    Without `lowers`, what only lowering needs may be missing: it is said and not refused. `together`: several processes
+    may do it.
     """
     job = resolve(request, lowers=lowers)
-    with pipeline.open_folder(job, fresh=fresh) as folder:
-        say_defaults(job)
-        say_status(job)
+    if job.shards.world > 1 and not together:
+        do = f"end `calibrate` with them, then run this alone with --shards {job.shards.count}"
+        raise InputError("several processes only calibrate", why=f"there are {job.shards.world}", do=do)
+    with connected(job.shards), pipeline.open_folder(job, fresh=fresh) as folder:
+        if job.shards.writes:
+            say_defaults(job)
+            say_status(job)
         yield job, folder
 
 

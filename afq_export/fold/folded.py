@@ -17,9 +17,9 @@ from afq_export.load.checkpoint import DecoderWeights
 
 
 def basis(weights: DecoderWeights) -> Tensor | None:
-    """The orthogonal matrix [D, D] that the residual stream of `weights` is turned by, None when it is not."""
+    """What the residual stream of `weights` is multiplied by [D, D] (see fold/rotation.py), None when it is not."""
     inner = weights.original if isinstance(weights, FoldedCheckpoint) else weights
-    return inner.residual if isinstance(inner, RotatedCheckpoint) else None
+    return inner.basis if isinstance(inner, RotatedCheckpoint) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +40,10 @@ class FoldedCheckpoint:
         return self.original.embedding(dtype)
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        weights = self.original.block(index, torch.float64)
         transforms = {name: t.to(torch.float64) for name, t in self.transforms(index).items()}
-        folded = fold_block(family(self.config).fold_sites(self.config), transforms, weights)
-        return {name: tensor.to(dtype) for name, tensor in folded.items()}
+        sites = family(self.config).fold_sites(self.config)
+        folded = fold_block(sites, transforms, self.original.block(index, torch.float64))
+        return {name: folded.pop(name).to(dtype) for name in list(folded)}
 
     def head(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         return self.original.head(dtype)

@@ -9,6 +9,11 @@ LayerNorm(x) Q for every Q that leaves the vector of ones where it is. So gains 
     writes             W' = Q^T W           b' = b Q
     v, o               Wv'_k = H^T Wv_k     Wo'_h = Wo_h H       per head, bv'_k = bv_k H
 
+LayerNorm's mean subtraction is absorbed too: rows and writes take P = I - 1 1^T / D besides, so that the stream has no
+mean, in which nobody is interested, and on it LayerNorm is RMSNorm. In the D - 1 dimensions that are left Q is any
+orthogonal matrix. One that takes the ones elsewhere would need an RMSNorm in the program and gains a choice of the
+direction that the stream never has, nothing else; so ones stay, and every program keeps its operators.
+
 What has outliers in a few channels has them spread over all, and costs nothing at run time. A head that was tied to the
 rows no longer is: the gain of the last norm is in it.
 """
@@ -22,6 +27,7 @@ from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
+from afq_export.arch.ops import hadamard_matrix
 from afq_export.errors import InputError
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.spec.sites import SiteKind
@@ -30,78 +36,132 @@ Weights = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
+class Rotation:
+    """Orthogonal matrices, float64: `residual` [D, D] for the whole model, `heads` [L, d, d], one for each block."""
+
+    residual: Tensor
+    heads: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class RotatedCheckpoint:
-    """A DecoderWeights in another basis, rotated when read: in float64, cast once. `residual` [D, D], `head` [d, d]."""
+    """A DecoderWeights in another basis, rotated when read: in float64, cast once."""
 
     original: DecoderWeights
-    residual: Tensor
-    head_rotation: Tensor
+    rotation: Rotation
 
     @property
     def config(self) -> DecoderConfig:
         return dataclasses.replace(self.original.config, tied=False)
 
+    @property
+    def basis(self) -> Tensor:
+        """What the residual stream of the original is multiplied by, [D, D]."""
+        return written_basis(self.config, self.rotation.residual)
+
     def embedding(self, dtype: torch.dtype = torch.float32) -> Weights:
-        return {n: (t @ self.residual).to(dtype) for n, t in self.original.embedding(torch.float64).items()}
+        turn = self.basis
+        return {n: (t @ turn).to(dtype) for n, t in self.original.embedding(torch.float64).items()}
 
     def block(self, index: int, dtype: torch.dtype = torch.float32) -> Weights:
-        weights, arch = self.original.block(index, torch.float64), family(self.config)
-        for site in arch.fold_sites(self.config):
-            if site.kind is SiteKind.NORM_TO_LINEARS:
-                weights |= self._read(site.producers[0], site.consumers, weights)
-        for role in arch.WRITERS:
-            weights |= self._write(role, weights)
-        weights |= self._heads(weights)
+        weights = absorb_gains(self.config, self.original.block(index, torch.float64))
+        weights = turn_block(self.config, weights, self.rotation.residual, self.rotation.heads[index])
         return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
     def head(self, dtype: torch.dtype = torch.float32) -> Weights:
-        weights = self.original.head(torch.float64)
-        weights |= self._read("final_norm", ("lm_head",), weights)
+        weights = _absorb(self.original.head(torch.float64), "final_norm", ("lm_head",))
+        weights = _read(weights, "final_norm", ("lm_head",), self.rotation.residual)
         return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
-    def _read(self, norm: str, consumers: tuple[str, ...], w: Weights) -> Weights:
-        gain, bias = w[f"{norm}.weight"], w.get(f"{norm}.bias")
-        new = {f"{role}.weight": (w[f"{role}.weight"] * gain) @ self.residual for role in consumers}
-        new[f"{norm}.weight"] = torch.ones_like(gain)
-        if bias is not None:
-            if bool((gain == 0).any()):
-                raise InputError("no rotation", where=norm, why="a gain of 0 leaves its bias no place to go")
-            new[f"{norm}.bias"] = (bias / gain) @ self.residual
-        return new
 
-    def _write(self, role: str, w: Weights) -> Weights:
-        new = {f"{role}.weight": self.residual.T @ w[f"{role}.weight"]}
-        return new | ({f"{role}.bias": w[f"{role}.bias"] @ self.residual} if f"{role}.bias" in w else {})
-
-    def _heads(self, w: Weights) -> Weights:
-        """v and o: every KV head of v, every query head of o."""
-        turn, d = self.head_rotation, self.config.head_dim
-        v, o = w["v_proj.weight"], w["o_proj.weight"]
-        new = {
-            "v_proj.weight": (turn.T @ v.view(-1, d, v.shape[1])).reshape(v.shape),
-            "o_proj.weight": (o.view(len(o), -1, d) @ turn).reshape(o.shape),
-        }
-        return new | ({"v_proj.bias": (w["v_proj.bias"].view(-1, d) @ turn).flatten()} if "v_proj.bias" in w else {})
-
-
-def rotate(model: DecoderWeights, kind: str, seed: int) -> DecoderWeights:
-    """`model` as the recipe's `transforms.rotation` wants it: itself for `off`, else rotated at random by `seed`."""
+def rotate(model: DecoderWeights, kind: str, seed: int, learned: Rotation | None = None) -> DecoderWeights:
+    """`model` as the recipe's `transforms.rotation` wants it: itself for `off`, else turned, at random by `seed` or as
+    `learned` says. Raises InputError when it is to be learned and nothing has been."""
     if kind == "off":
         return model
-    config = model.config
+    if kind == "learned" and learned is None:
+        raise InputError(
+            "no rotation yet",
+            where="transforms.rotation = 'learned'",
+            why="it is learned in a run's calibration, and there is none here",
+            do="take transforms.rotation = 'hadamard'",
+        )
+    return RotatedCheckpoint(model, learned or random_rotation(model.config, seed))
+
+
+def random_rotation(config: DecoderConfig, seed: int) -> Rotation:
+    """A random Hadamard matrix for the residual stream (OPT: one that fixes the ones), one for all heads."""
     generator = torch.Generator().manual_seed(seed)
-    make = fixing_ones if config.family == "opt" else hadamard
-    return RotatedCheckpoint(model, make(config.hidden, generator), hadamard(config.head_dim, generator))
+    residual = (fixing_ones if fixes_ones(config) else hadamard)(config.hidden, generator)
+    return Rotation(residual, hadamard(config.head_dim, generator).expand(config.layers, -1, -1))
+
+
+def fixes_ones(config: DecoderConfig) -> bool:
+    """Whether the norms take the mean out, so that the vector of ones must stay where it is."""
+    return config.family == "opt"
+
+
+def written_basis(config: DecoderConfig, residual: Tensor) -> Tensor:
+    """What is written to the stream is multiplied by: `residual`, without the mean where the norms take it out."""
+    return residual - residual.mean(1, keepdim=True) if fixes_ones(config) else residual
+
+
+def absorb_gains(config: DecoderConfig, w: Weights) -> Weights:
+    """A block with the gains of its norms in the linears behind them: `W diag(g)`, gain 1, `bias / g`."""
+    for site in family(config).fold_sites(config):
+        if site.kind is SiteKind.NORM_TO_LINEARS:
+            w = _absorb(w, site.producers[0], site.consumers)
+    return w
+
+
+def turn_block(
+    config: DecoderConfig, w: Weights, residual: Tensor, head: Tensor, written: Tensor | None = None
+) -> Weights:
+    """A block without gains in another basis. Differentiable, in any float dtype: rotations are learned through it.
+
+    `written`: the columns of `written_basis` that the writing linears' outputs are wanted for; None: all.
+    """
+    arch, columns = family(config), written_basis(config, residual) if written is None else written
+    for site in arch.fold_sites(config):
+        if site.kind is SiteKind.NORM_TO_LINEARS:
+            w = _read(w, site.producers[0], site.consumers, residual)
+    for role in arch.WRITERS:
+        w = w | {f"{role}.weight": columns.T @ w[f"{role}.weight"]}
+        w |= {f"{role}.bias": w[f"{role}.bias"] @ columns} if f"{role}.bias" in w else {}
+    return _turn_heads(w, head)
+
+
+def _absorb(w: Weights, norm: str, consumers: tuple[str, ...]) -> Weights:
+    gain, bias = w[f"{norm}.weight"], w.get(f"{norm}.bias")
+    new = {f"{role}.weight": w[f"{role}.weight"] * gain for role in consumers}
+    new[f"{norm}.weight"] = torch.ones_like(gain)
+    if bias is not None:
+        if bool((gain == 0).any()):
+            raise InputError("no rotation", where=norm, why="a gain of 0 leaves its bias no place to go")
+        new[f"{norm}.bias"] = bias / gain
+    return w | new
+
+
+def _read(w: Weights, norm: str, consumers: tuple[str, ...], residual: Tensor) -> Weights:
+    keys = [f"{role}.weight" for role in consumers] + [f"{norm}.bias"]
+    return w | {key: w[key] @ residual for key in keys if key in w}
+
+
+def _turn_heads(w: Weights, head: Tensor) -> Weights:
+    """v and o: every KV head of v, every query head of o."""
+    d, v, o = len(head), w["v_proj.weight"], w["o_proj.weight"]
+    new = {
+        "v_proj.weight": (head.T @ v.view(-1, d, v.shape[1])).reshape(v.shape),
+        "o_proj.weight": (o.view(len(o), -1, d) @ head).reshape(o.shape),
+    }
+    return w | new | ({"v_proj.bias": (w["v_proj.bias"].view(-1, d) @ head).flatten()} if "v_proj.bias" in w else {})
 
 
 def hadamard(size: int, generator: torch.Generator) -> Tensor:
     """An orthogonal matrix [n, n], float64, all of whose entries are small: signs times Sylvester's Hadamard matrix of
     the largest power of two in n, and a random orthogonal one for the odd rest."""
     rest = size & -size
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < rest:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0) / 2**0.5
-    matrix = torch.kron(matrix, orthogonal(size // rest, generator))
+    matrix = torch.kron(hadamard_matrix(rest, torch.float64), orthogonal(size // rest, generator))
     signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
     return signs[:, None] * matrix
 

@@ -124,8 +124,8 @@ def _columns(site: FoldSite, transform: SiteTransform, w: Tensor) -> Tensor:
     if transform.form is Form.DIAGONAL:
         return w * transform.matrix.view(heads, 1, d).expand(-1, repeats, -1).reshape(-1)
     if transform.form is Form.PERMUTATION:
-        local = transform.matrix.view(heads, 1, d) - torch.arange(heads)[:, None, None] * d
-        start = torch.arange(heads * repeats).view(heads, repeats, 1) * d
+        local = transform.matrix.view(heads, 1, d) - torch.arange(heads, device=w.device)[:, None, None] * d
+        start = torch.arange(heads * repeats, device=w.device).view(heads, repeats, 1) * d
         return w[:, (local + start).reshape(-1)]
     columns = w.view(-1, heads, repeats, d)
     return torch.einsum("okri,kji->okrj", columns, transform.matrix).reshape(w.shape)

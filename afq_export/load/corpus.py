@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -13,8 +15,10 @@ from afq_export.errors import InputError
 from afq_export.files import sha256_file
 from afq_export.spec.corpus import CorpusSpec
 
-MAX_TEXT_BYTES = 1 << 28
-"""A corpus beyond 256 MiB is refused: windows are sampled from it, more text brings nothing."""
+WHOLE_BYTES = 12 << 20
+"""A text up to here is read whole (tokenising takes up to 200 bytes of memory for each of them)."""
+PASSAGES, PASSAGE_BYTES = 64, 64 << 10
+"""Of a longer text, these many evenly spaced passages of this length are the corpus: windows are sampled anyway."""
 
 SHARED_LINES_LIMIT = 0.01
 """Share of the evaluation text's long lines that may also stand in the calibration text."""
@@ -49,16 +53,17 @@ class Windows:
 def read_corpus(spec: CorpusSpec, base: Path) -> Corpus:
     """The text of `spec`, whose file is relative to `base`. Raises InputError: missing, empty, not the pinned one."""
     path = base / spec.file
-    text = _read_text(path)
+    text, part = _read_text(path)
     if spec.sha256 and sha256_file(path) != spec.sha256:
         raise InputError("corpus changed", where=str(path), why="its sha256 is not the one that the corpus file names")
     start, end = (_line_end(text, fraction) for fraction in spec.part)
-    return _corpus(spec.name, text[start:end], str(path))
+    return _corpus(spec.name + part, text[start:end], str(path))
 
 
 def read_text_corpus(path: Path) -> Corpus:
-    """A plain text file as a corpus, named after the file."""
-    return _corpus(path.name, _read_text(path), str(path))
+    """A plain text file as a corpus, named after the file; of a huge one, passages, which the name then says."""
+    text, part = _read_text(path)
+    return _corpus(path.name + part, text, str(path))
 
 
 def refuse_overlap(calibration: Corpus, evaluation: Corpus) -> None:
@@ -100,15 +105,41 @@ def cut_windows(corpus: Corpus, tokenizer, tokenizer_digest: str, length: int, c
     return Windows(chosen, corpus.name, corpus.digest, length, total, tokenizer_digest, stride=length)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path) -> tuple[str, str]:
+    """A file's text, and what to add to its name: nothing, or which part of it this is."""
     try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise InputError("text too large", where=str(path), why=f"more than {MAX_TEXT_BYTES >> 20} MiB")
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            data = file.read(WHOLE_BYTES + 1)
+            if len(data) <= WHOLE_BYTES:
+                return _newlines(data.decode()), ""
+            if not path.is_file():
+                raise InputError(
+                    "text too large", where=str(path), why="it is no file", do="save a part of it to a file"
+                )
+            size = path.stat().st_size
+            found = "".join(_passage(file, index * size // PASSAGES) for index in range(PASSAGES))
+        return _newlines(found), f" ({PASSAGES} passages of its {size >> 20} MiB)"
     except OSError as error:
         raise InputError("cannot read text", where=str(path), why=error.strerror or str(error)) from error
     except UnicodeDecodeError as error:
         raise InputError("not UTF-8 text", where=str(path), why=str(error)) from error
+
+
+def _passage(file: BinaryIO, start: int) -> str:
+    """Text of PASSAGE_BYTES at most from `start` on, whole lines where it has any, else whole characters."""
+    file.seek(start)
+    data = file.read(PASSAGE_BYTES)
+    first, last = data.find(b"\n") + 1 if start else 0, data.rfind(b"\n") + 1
+    if first < last:
+        return data[first:last].decode()
+    if start:
+        data = data[:3].lstrip(bytes(range(0x80, 0xC0))) + data[3:]  # the rest of a character that began before
+    return codecs.getincrementaldecoder("utf-8")().decode(data)
+
+
+def _newlines(text: str) -> str:
+    """Line ends as Python's text files read them."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _corpus(name: str, text: str, where: str) -> Corpus:

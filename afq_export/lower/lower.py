@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from afq_export.backends import backend
 from afq_export.files import folder_beside, write_text
 from afq_export.job import Job, versions
 from afq_export.lower.bundle import Bundle, describe, new_manifest, open_bundle, save_model_files, seal
 from afq_export.lower.sbom import SBOM, sbom
 from afq_export.progress import Progress
+from afq_export.quantize.cache import cache_facts
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
 
 VECTOR_TOKENS = 8
@@ -30,6 +33,8 @@ def lower(checkpoint: QuantizedCheckpoint, job: Job, folder: Path, progress: Pro
         describe(job.recipe, job.target, part)
         made = (versions(job.target.tools), job.request.seed, command_line(job))
         manifest = new_manifest(job.model, job.recipe, job.target, chosen.PROGRAM, *made)
+        cache = cache_facts(checkpoint.kv_cache, checkpoint.config, job.target)
+        manifest = msgspec.structs.replace(manifest, kv_cache=cache)
         write_text(part / SBOM, sbom(manifest.model, checkpoint.digest, manifest.versions))
         seal(part, manifest)
     return open_bundle(folder)

@@ -9,6 +9,7 @@ at accuracy level 4.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -143,6 +144,11 @@ def range_grid(low: float, high: float, bits: int = 8) -> StaticRange:
     step = (high - low) / (qmax - qmin) or 1.0
     scale = float(torch.tensor(step, dtype=torch.float32).clamp_min(2.0**-100))
     return StaticRange(scale, max(qmin, min(qmax, round(qmin - low / scale))), bits)
+
+
+def straight_through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function(x)`, whose gradient is taken for that of the identity."""
+    return _StraightThrough.apply(x, function)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -24,10 +24,13 @@ def assign(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> dict
     A grid that the target has no kernel for is replaced as `recipe.fallback` says, with a note. lm_head takes dynamic
     activations whenever the blocks' are quantized (one static int8 grid for all logits would merge most of them), float
     ones where the target has no such kernel, and the blocks' for targets that run nothing but stored grids.
-    Raises InputError when nothing fits, an override matches no linear, or the embedding's bits have no kernel.
+    Raises InputError when nothing fits, an override matches no linear, or the target has no token rows or no KV cache
+    of the recipe's bits.
     """
     _check_overrides(config, recipe)
     _check_embedding(config, recipe, target)
+    _check_cache(config, recipe, target)
+    _check_online(recipe, target)
     records = {}
     for index in range(config.layers):
         for role, (outputs, inputs, bias) in family(config).linear_shapes(config).items():
@@ -172,5 +175,39 @@ def _check_embedding(config: DecoderConfig, recipe: Recipe, target: TargetProfil
             where=f"recipe {recipe.name}: embedding.group = {embedding.group}",
             why=f"the hidden size {config.hidden} is not a multiple of it",
         )
-    if embedding.bits == 4 and config.hidden % 2:
-        raise InputError("no 4-bit embedding", where=recipe.name, why=f"hidden size {config.hidden} is odd")
+    in_a_byte = max(1, 8 // embedding.bits)
+    if config.hidden % in_a_byte:
+        why = f"hidden size {config.hidden} is no multiple of the {in_a_byte} codes in a byte"
+        raise InputError(f"no {embedding.bits}-bit embedding", where=recipe.name, why=why)
+
+
+def _check_online(recipe: Recipe, target: TargetProfile) -> None:
+    """Raises InputError for an online operation that the target's programs do not have."""
+    for name in recipe.transforms.online:
+        if name not in target.online:
+            raise InputError(
+                "no such operation",
+                where=f"recipe {recipe.name} on {target.name}: transforms.online = {name!r}",
+                why="only float programs of ONNX Runtime and XNNPACK multiply by a matrix between two linears",
+                do="leave it out: everything else folds and costs nothing at run time",
+            )
+
+
+def _check_cache(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> None:
+    cache, where = recipe.kv_cache, f"recipe {recipe.name} on {target.name}: kv_cache"
+    if cache.bits not in target.kv_cache_bits:
+        raise InputError(
+            "no such KV cache",
+            where=f"{where}.bits = {cache.bits}",
+            why="its programs keep keys and values on calibrated grids already"
+            if target.static_graph
+            else "nothing in its runtime is known to hold codes and to read them back",
+            do=f"take one of {', '.join(map(str, target.kv_cache_bits))}, 32 being the program's own numbers",
+        )
+    if not cache.quantized:
+        return
+    if cache.group and config.head_dim % cache.group:
+        why = f"the head's {config.head_dim} numbers are not a multiple of it"
+        raise InputError("cache groups do not fit", where=f"{where}.group = {cache.group}", why=why)
+    if cache.bits == 4 and config.head_dim % 2:
+        raise InputError("no 4-bit cache", where=where, why=f"heads have {config.head_dim} numbers, two make a byte")

@@ -22,6 +22,7 @@ from afq_export.arch.decoder import family
 from afq_export.errors import InputError
 from afq_export.files import folder_beside, sha256_file, write_text
 from afq_export.spec.quant import LinearSpec, linear_name
+from afq_export.spec.recipe import FLOAT_CACHE, KvCache
 from afq_export.spec.strict import Data
 
 FORMAT = 1
@@ -112,6 +113,7 @@ class QuantFile(Data, omit_defaults=True):
     provenance: dict[str, Any]
     sha256: dict[str, str]
     tensors: dict[str, StaticRange] = {}
+    kv_cache: KvCache | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,7 @@ class QuantizedCheckpoint:
     provenance: dict[str, Any]
     digest: str
     tensors: dict[str, StaticRange] = dataclasses.field(default_factory=dict)
+    kv_cache: KvCache = FLOAT_CACHE
 
     def block_tensors(self, index: int) -> dict[str, StaticRange]:
         """Grids of the tensors of block `index` by their name within it."""
@@ -201,6 +204,7 @@ def write_checkpoint(
     outer: QuantizedPart,
     provenance: dict[str, Any],
     tensors: dict[str, StaticRange] | None = None,
+    kv_cache: KvCache = FLOAT_CACHE,
 ) -> QuantizedCheckpoint:
     """Writes a checkpoint to `folder`, whole or not at all, block by block, and opens it.
 
@@ -224,6 +228,8 @@ def write_checkpoint(
         content = QuantFile(
             FORMAT, config, tuple(records), embedding.bits, embedding.group, provenance, digests, tensors or {}
         )
+        if kv_cache.quantized:  # files without it stay as they were
+            content = msgspec.structs.replace(content, kv_cache=kv_cache)
         write_text(part_folder / "quant.json", msgspec.json.format(msgspec.json.encode(content)).decode() + "\n")
     return open_checkpoint(folder)
 
@@ -257,6 +263,7 @@ def open_checkpoint(folder: Path) -> QuantizedCheckpoint:
         provenance=data.provenance,
         digest=sha256_file(path),
         tensors=data.tensors,
+        kv_cache=data.kv_cache or FLOAT_CACHE,
     )
 
 

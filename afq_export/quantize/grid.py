@@ -27,7 +27,17 @@ LARGEST_STEP = 16
 
 def weight_scales(weight_OI: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor:
     """Scales [O, G] for ranges of `clip` times each group's largest absolute value. Differentiable in both."""
-    scales = clip_OG * grouped(weight_OI, spec).abs().amax(-1) / spec.qmax
+    return clipped_scales(group_peaks(weight_OI, spec), clip_OG, spec)
+
+
+def group_peaks(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
+    """Each group's largest absolute value [O, G]."""
+    return grouped(weight_OI, spec).abs().amax(-1)
+
+
+def clipped_scales(peaks_OG: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """`weight_scales` of a weight that is known by its groups' largest values."""
+    scales = clip_OG * peaks_OG / spec.qmax
     if spec.granularity is Granularity.PER_TENSOR:
         scales = scales.amax(0, keepdim=True).expand_as(scales)
     return round_scales(scales.clamp_min(SMALLEST_SCALE[spec.scale_type]), spec.scale_type)
@@ -35,7 +45,7 @@ def weight_scales(weight_OI: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor
 
 def weight_codes(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
     """Codes int8 [O, I]: `round(w / scale)` half to even, clamped to the grid."""
-    codes = (grouped(weight_OI, spec) / scales_OG[..., None]).round().clamp(spec.qmin, spec.qmax)
+    codes = (grouped(weight_OI, spec) / scales_OG[..., None]).round_().clamp_(spec.qmin, spec.qmax)
     return codes.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]].to(torch.int8)
 
 
@@ -55,6 +65,12 @@ def rounded_codes(weight_OI: Tensor, scales_OG: Tensor, offsets_OGg: Tensor, spe
     """The codes int8 [O, I] of `round_with_offsets`."""
     codes = (grouped(weight_OI, spec) / scales_OG[..., None] + offsets_OGg).round().clamp(spec.qmin, spec.qmax)
     return codes.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]].to(torch.int8)
+
+
+def scale_codes(codes_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """`scale * code` [O, I] of fixed codes int8 [O, I], differentiable in the scales; keeps no float copy of codes."""
+    values = _ScaleCodes.apply(grouped(codes_OI, spec), scales_OG[..., None])
+    return values.view(codes_OI.shape[0], -1)[:, : codes_OI.shape[1]]
 
 
 def grouped(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
@@ -124,3 +140,17 @@ class _RoundWithOffsets(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         slope, inside, scale = ctx.saved_tensors
         return None, (grad * slope).sum(-1, keepdim=True), grad * inside * scale, None, None
+
+
+class _ScaleCodes(torch.autograd.Function):
+    """scale * code; d out / d scale = code."""
+
+    @staticmethod
+    def forward(ctx, codes: Tensor, scale: Tensor):
+        ctx.save_for_backward(codes)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (codes,) = ctx.saved_tensors
+        return None, (grad * codes).sum(-1, keepdim=True)

@@ -21,11 +21,12 @@ from afq_export.quantize.checkpoint import (
     QuantizedEmbedding,
     QuantizedLinear,
     QuantizedPart,
+    StaticRange,
     write_checkpoint,
 )
 from afq_export.quantize.grid import weight_codes, weight_scales
 from afq_export.spec.quant import Granularity, QuantSpec, linear_name
-from afq_export.spec.recipe import Embedding
+from afq_export.spec.recipe import FLOAT_CACHE, Embedding, KvCache
 
 
 def quantize(
@@ -36,17 +37,12 @@ def quantize(
     folder: Path,
     provenance: dict[str, Any],
     progress: Progress,
+    kv_cache: KvCache = FLOAT_CACHE,
 ) -> QuantizedCheckpoint:
     """Integers of every linear and embedding row, written to `folder`. One block in memory at a time."""
-    config = folded.config
-    head = folded.head()
-    head_clip, tensors = calibration.head_clip(records[HEAD].spec), calibration.tensors()
-    of_head = records[HEAD]
-    if tensors:
-        of_head = msgspec.structs.replace(of_head, input=tensors["final_norm"], output=tensors[HEAD])
-    outer_floats = {f"head.float.{key}": t for key, t in head.items() if not key.startswith(HEAD)}
-    rows = folded.embedding()
-    outer_floats |= {f"embedding.float.{key}": t for key, t in rows.items() if key != "embed_tokens.weight"}
+    config, tensors = folded.config, calibration.tensors()
+    rows, row_floats = _quantize_rows(folded, embedding)
+    head = _quantize_head(folded, calibration, records[HEAD], tensors)
 
     def blocks() -> Iterator[QuantizedPart]:
         for index in range(config.layers):
@@ -58,18 +54,37 @@ def quantize(
         folder,
         config,
         blocks(),
-        quantize_embedding(rows["embed_tokens.weight"], embedding),
-        QuantizedPart((quantize_linear(of_head, head, head_clip, HEAD),), outer_floats),
+        rows,
+        QuantizedPart(head.linears, head.floats | row_floats),
         provenance,
         tensors,
+        kv_cache,
     )
+
+
+def _quantize_head(
+    folded: FoldedCheckpoint, calibration: Calibration, record: LinearRecord, tensors: Mapping[str, StaticRange]
+) -> QuantizedPart:
+    """The head and the norm before it; the float weights, which are large, are not kept."""
+    if tensors:
+        record = msgspec.structs.replace(record, input=tensors["final_norm"], output=tensors[HEAD])
+    weights = folded.head() | calibration.outer_floats()
+    linear = quantize_linear(record, weights, calibration.head_clip(record.spec), HEAD)
+    return QuantizedPart((linear,), {f"head.float.{n}": t for n, t in weights.items() if not n.startswith(HEAD)})
+
+
+def _quantize_rows(folded: FoldedCheckpoint, embedding: Embedding) -> tuple[QuantizedEmbedding, dict[str, Tensor]]:
+    """Token rows, and what else stands before the blocks."""
+    weights = folded.embedding()
+    rows = quantize_embedding(weights.pop("embed_tokens.weight"), embedding)
+    return rows, {f"embedding.float.{name}": tensor for name, tensor in weights.items()}
 
 
 def quantize_block(
     folded: FoldedCheckpoint, result: BlockResult, records: Mapping[str, LinearRecord], index: int
 ) -> QuantizedPart:
     """The linears and norms of one block, from its folded weights, learned clipping and static ranges."""
-    weights = folded.block(index)
+    weights = folded.block(index) | result.floats
     roles = family(folded.config).linear_shapes(folded.config)
     linears = []
     for role in roles:

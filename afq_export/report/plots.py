@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from afq_export.report.tables import RUNG_TITLES
-from afq_export.spec.report import History, LayerReport, ValidationReport
+from afq_export.spec.history import History
+from afq_export.spec.report import LayerReport, ValidationReport
 
 INK, MUTED, GRID, FIRST, SECOND, THIRD = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 NAMES = {INK: "ink", MUTED: "muted", GRID: "line", FIRST: "first", SECOND: "second", THIRD: "third"}

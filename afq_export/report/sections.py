@@ -69,6 +69,8 @@ def facts(report: ValidationReport) -> list[str]:
     if report.artifact:
         size = tables.size_mb(report.artifact.bytes)
         lines.append(f"`{report.artifact.name}`: {size}, sha256 `{report.artifact.sha256}`")
+    if report.kv_cache:
+        lines.append(f"KV cache: {tables.cache_line(report.kv_cache)}")
     if report.agreement.top1 is not None:
         kl = tables.number(report.agreement.kl, ".2e")
         lines.append(f"exported file against the integer reference: top-1 {report.agreement.top1:.3%}, KL {kl}")
@@ -140,7 +142,8 @@ def _calibration(report: ValidationReport) -> Section | None:
         found = (plots.losses_plot(history), plots.epochs_plot(history), plots.health_plot(history))
         return [drawing for drawing in found if drawing]
 
-    return Section("Calibration", tables.calibration_table(report), text=meaning, plots=drawn, long=len(history) > 12)
+    table, notes = tables.calibration_table(report), tables.tuning_lines(report.tuning)
+    return Section("Calibration", table, text=meaning, notes=notes, plots=drawn, long=len(history) > 12)
 
 
 def _coverage(report: ValidationReport) -> Section | None:
@@ -153,7 +156,8 @@ def _coverage(report: ValidationReport) -> Section | None:
 def _folds(report: ValidationReport) -> Section | None:
     if not report.sites:
         return None
-    return Section("Folds", tables.sites_table(report.sites), notes=tables.site_reasons(report.sites))
+    notes = tables.site_reasons(report.sites) + tables.online_lines(report.online)
+    return Section("Folds", tables.sites_table(report.sites), notes=notes)
 
 
 def _layers(report: ValidationReport) -> Section | None:

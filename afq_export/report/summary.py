@@ -29,6 +29,7 @@ def summary(report: ValidationReport, bundle: Path | None = None) -> str:
     facts = {
         "text": tables.protocol_line(report),
         "file": tables.size_mb(report.artifact.bytes) if report.artifact else None,
+        "KV cache": tables.cache_line(report.kv_cache) if report.kv_cache else None,
         "bundle": str(bundle) if bundle else None,
         "first departure": report.first_departure,
         "rolled back": ", ".join(_rolled_back(report)) or None,

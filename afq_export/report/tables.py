@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from afq_export.spec.cache import Cache
 from afq_export.spec.device import DeviceCheck
+from afq_export.spec.history import Tuning
+from afq_export.spec.online import OnlineCost
 from afq_export.spec.report import LayerReport, Perplexity, Site, Size, ValidationReport
 
 MISSING = "-"
+FLOAT_BITS = 32
 RUNG_TITLES = {
     "float": "float",
     "folded": "folded",
@@ -97,6 +101,17 @@ def calibration_table(report: ValidationReport) -> Table:
     return Table(header, tuple(rows), frozenset(range(6)))
 
 
+def tuning_lines(tuning: Tuning | None) -> list[str]:
+    """What came after the blocks, in one line; none when nothing did."""
+    if tuning is None:
+        return []
+    end = "" if tuning.kept else ": no better, so everything was left as it was"
+    return [
+        f"end to end: {tuning.steps} steps on {tuning.windows} windows; KL(float || quantized) of windows held out "
+        f"{tuning.before:.3e} before, {tuning.after:.3e} after{end}"
+    ]
+
+
 def kernels_table(report: ValidationReport) -> Table:
     """Kernels and how many linears each runs."""
     kernels = [lowered.kernel for lowered in report.coverage.lowered]
@@ -168,12 +183,34 @@ def site_reasons(sites: Sequence[Site]) -> list[str]:
     ]
 
 
+def online_lines(online: Sequence[OnlineCost]) -> list[str]:
+    """What stays in the program instead of folding, and what it takes."""
+    return [
+        f"not folded, in the program: {cost.name}, matrices of {cost.size}: {cost.macs:,} multiplications more a "
+        f"token, {cost.share:.1%} of those of the blocks' linears"
+        for cost in online
+    ]
+
+
 def protocol_line(report: ValidationReport) -> str:
     """The protocol of the figures, in one sentence."""
     p = report.protocol
     tokens = f"windows of {p.window} tokens, stride {p.stride}, {'with' if p.bos else 'no'} BOS"
     corpus = f"{p.corpus} (sha256 {p.digest[:12]}), {p.windows} of {p.windows_in_corpus}"
     return f"{corpus} {tokens}, tokenizer {p.tokenizer_digest[:12]}"
+
+
+def cache_line(cache: Cache) -> str:
+    """What the KV cache holds, and what 1,000 tokens take in it."""
+    floats = f"{size_mb(1000 * cache.float_token_bytes)} per 1,000 tokens"
+    if cache.bits == FLOAT_BITS:
+        return f"float32, {floats}"
+    of = f" of {cache.group} numbers" if cache.group else ""
+    share = f"{cache.token_bytes / cache.float_token_bytes:.1%}"
+    return (
+        f"int{cache.bits}, a grid per token and head{of}: {size_mb(1000 * cache.token_bytes)} per 1,000 tokens, "
+        f"{share} of float32's {size_mb(1000 * cache.float_token_bytes)}"
+    )
 
 
 def size_mb(bytes_: int) -> str:

@@ -16,7 +16,7 @@ from afq_export.errors import MissingToolError
 def require_executorch() -> None:
     """Raises MissingToolError when ExecuTorch is not installed."""
     if importlib.util.find_spec("executorch") is None:
-        raise MissingToolError("ExecuTorch is not installed", do='run `pip install "executorch>=1.5.1,<1.6"`')
+        raise MissingToolError("ExecuTorch is not installed", do='run `pip install "executorch>=1.5,<1.6"`')
 
 
 def require_coremltools() -> None:

@@ -30,9 +30,9 @@ LEVELS = {
     "all": "ORT_ENABLE_ALL",
 }
 """`graph_optimization_level` in our files -> ONNX Runtime's name."""
-FIRST_VERSION = (1, 31)
+FIRST_VERSION = (1, 30)
 """The version whose kernels validate/integer/onnxruntime.py was measured on."""
-INSTALL = 'run `pip install "onnxruntime>=1.31,<1.32"`'
+INSTALL = 'run `pip install "onnxruntime>=1.30,<1.33"`'
 SILENT = 4
 """Log level at which only fatal errors are printed: what goes wrong is raised as well."""
 LEVEL = "graph_optimization_level"
@@ -67,8 +67,7 @@ class OnnxSession:
             raise InputError("not a decoder of this package", where=str(path), why="no input_ids or no logits")
         self._positions = "position_ids" in inputs
         self._outputs = list(outputs)
-        empty = {name: value.shape for name, value in inputs.items() if name.startswith(PAST)}
-        self._empty = {n: np.zeros((1, heads, 0, width), np.float32) for n, (_, heads, _, width) in empty.items()}
+        self._empty = {name: _empty(value) for name, value in inputs.items() if name.startswith(PAST)}
         self._cache = self._empty
         self.vocab, self.context = int(outputs["logits"].shape[-1]), options.context
         self.prefill = min(options.prefill, self.context)
@@ -129,6 +128,12 @@ class OnnxSession:
             raise InputError(
                 "tokens after others that were not seen", why=f"position {position}, {self._length()} seen"
             )
+
+
+def _empty(value: Any) -> np.ndarray:
+    """A cache without tokens of the input `value` [B, K, tokens, width]: float32, or uint8 when it is quantized."""
+    _, heads, _, width = value.shape
+    return np.zeros((1, heads, 0, width), np.uint8 if value.type == "tensor(uint8)" else np.float32)
 
 
 def open_session(

@@ -30,10 +30,11 @@ Damages = dict[str, tuple[float, ...]]
 def measure(job: Prepared, options: Options, progress: Progress) -> Damages:
     """Damage of rounding each weight to nearest and of putting its input on its grid, all else float.
 
-    No transform and no clipping of the recipe's method is in it, but a rotation is: what is measured is `job.source`.
+    No transform and no clipping of the recipe's method is in it, but a random rotation and online operations are: it is
+    `job.source()` that is measured.
     """
     found = _Damages(options)
-    observe_gradients(job.source, job.calibration.ids_NT, job.request.seed, found, progress)
+    observe_gradients(job.source(), job.calibration.ids_NT, job.request.seed, found, progress)
     tokens = job.calibration.ids_NT.numel()
     damages = {
         name: tuple((found.weights[name][i] + found.inputs[name, r.spec.activation]) / tokens for i, r in enumerate(rs))

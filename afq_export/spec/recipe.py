@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from afq_export.spec.online import Online
 from afq_export.spec.strict import Data
 
 Bits = Annotated[int, Meta(ge=2, le=8)]
@@ -37,10 +38,26 @@ class Activations(Data):
 
 
 class Embedding(Data):
-    """Token embedding rows: 4 or 8 bits with one scale per row (`group` 0) or per `group` columns; 32 is float."""
+    """Token embedding rows: 2, 4 or 8 bits with one scale per row (`group` 0) or per `group` columns; 32 is float."""
 
-    bits: Literal[4, 8, 32] = 8
+    bits: Literal[2, 4, 8, 32] = 8
     group: Annotated[int, Meta(ge=0)] = 0
+
+
+class KvCache(Data):
+    """What the KV cache holds: float keys and values (`bits` 32), or codes of 8 or 4 bits on a grid of their own for
+    every token and head (`group` 0), or for every `group` of its numbers; nothing of it is calibrated."""
+
+    bits: Literal[4, 8, 32] = 32
+    group: Annotated[int, Meta(ge=0)] = 0
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it holds codes."""
+        return self.bits < 32
+
+
+FLOAT_CACHE = KvCache()
 
 
 class Override(Data):
@@ -58,12 +75,18 @@ class Transforms(Data):
 
     `affine` is a full matrix per head (tied over the query heads of a KV head); where only a scaled rotation per RoPE
     pair commutes it is that; where no matrix folds exactly it is refused with the reason (see arch/*.fold_sites).
-    `rotation` turns the residual stream, and the heads between v and o, by fixed random Hadamard matrices first.
-    `shift` learns a shift where one folds. `start` is the diagonal's first value: ones, SmoothQuant's
-    `act^p / weight^(1-p)` with p = `power`, or `search`: AWQ's grid over p with the least block error.
+    `rotation` turns the residual stream, and the heads between v and o, first: by fixed random Hadamard matrices, or by
+    those that `rotation_steps` steps make of them, one block a step (`learned`: calibrate/rotation.py).
+    `online` operations stay in the program and cost time: `down_hadamard` multiplies the input of the MLP's last linear
+    by Hadamard matrices of at most `online_block` (fold/online.py). `shift` learns a shift where one folds. `start` is
+    the diagonal's first value: ones, SmoothQuant's `act^p / weight^(1-p)` with p = `power`, or `search`: AWQ's grid
+    over p with the least block error.
     """
 
-    rotation: Literal["off", "hadamard"] = "off"
+    rotation: Literal["off", "hadamard", "learned"] = "off"
+    rotation_steps: Count = 360
+    online: tuple[Online, ...] = ()
+    online_block: Literal[2, 4, 8, 16, 32, 64, 128, 256, 512] = 64
     norm_to_linears: Literal["off", "diagonal", "affine"] = "off"
     v_to_o: Literal["off", "diagonal", "affine", "permutation"] = "off"
     q_to_k: Literal["off", "diagonal", "affine"] = "off"
@@ -81,13 +104,15 @@ class Learning(Data):
     with the least error weighted by the inputs' energy, `learn` starts there and learns it with the transforms (LWC).
     `augmented_loss` adds the distance to the float block on the quantized path's own input. `schedule` is the course of
     the learning rates. `loss` is the paper's `mse`, or `balanced` with every token's own relative error. `autocast` is
-    the precision of the matmuls while learning; results are always measured in float32.
+    the precision of the matmuls while learning; results are always measured in float32. `held_out` windows (at most a
+    quarter of all) are only measured on: the best epoch is chosen by them, and `patience` epochs without a better one
+    end the learning (0: never).
     """
 
     epochs: Annotated[int, Meta(ge=0)] = 0
     batch: Count = 4
-    learning_rate: NonNegative = 2e-3
-    clipping_rate: NonNegative = 5e-3
+    learning_rate: NonNegative = 2e-2
+    clipping_rate: NonNegative = 1e-1
     weight_decay: NonNegative = 0.0
     stability_factor: Annotated[float, Meta(ge=0, le=1)] = 0.1
     clipping: Literal["off", "search", "learn"] = "learn"
@@ -95,22 +120,43 @@ class Learning(Data):
     schedule: Literal["constant", "cosine"] = "cosine"
     loss: Literal["balanced", "mse"] = "balanced"
     autocast: Literal["float32", "bfloat16"] = "float32"
+    held_out: Annotated[int, Meta(ge=0)] = 0
+    patience: Annotated[int, Meta(ge=0)] = 0
 
 
 class Rounding(Data):
     """How the blocks' folded weights are rounded to their grids, after the transforms are learned; lm_head and token
     rows go to the nearest code.
 
-    `nearest`; `gptq` (arXiv 2210.17323), on `batch` windows at a time; `learned` (SignRound, arXiv 2309.05516): `steps`
-    of signed gradient descent on `batch` windows each, `rate` of a grid step at first and falling to 0, in the
-    precision `autocast`.
+    `nearest`; `gptq` (arXiv 2210.17323), on `batch` windows at a time, with `asymmetric` towards what the float path's
+    linears give, so that earlier errors are made good too (GPTAQ, arXiv 2504.02692); `learned` (SignRound, arXiv
+    2309.05516): `steps` of signed gradient descent on `batch` windows each, `rate` of a grid step at first and falling
+    to 0. `autocast` is the precision of the matmuls.
     """
 
     method: Literal["nearest", "gptq", "learned"] = "nearest"
+    asymmetric: bool = True
     steps: Count = 120
     batch: Count = 4
     rate: NonNegative = 0.01
     autocast: Literal["float32", "bfloat16"] = "float32"
+
+
+class EndToEnd(Data):
+    """After the blocks: scales and norms' gains of the whole quantized model, learned so that its next-token
+    distributions are the float model's (EfficientQAT, arXiv 2407.11062, E2E-QP; the float model is the teacher).
+
+    `steps` 0: nothing. A step takes `batch` of `windows` windows, evenly spaced over the calibration text (0: those
+    that the blocks were calibrated on). `scale_rate` is relative to each scale; rates rise in the first steps, then
+    fall to 0. `autocast` is the precision of the matmuls. All weights and a window's backward pass are in memory.
+    """
+
+    steps: Annotated[int, Meta(ge=0)] = 0
+    windows: Annotated[int, Meta(ge=0)] = 0
+    batch: Count = 4
+    scale_rate: NonNegative = 1e-3
+    gain_rate: NonNegative = 1e-3
+    autocast: Literal["float32", "bfloat16"] = "bfloat16"
 
 
 class Ranges(Data):
@@ -138,6 +184,7 @@ class Recipe(Data):
     description: str = ""
     embedding: Embedding = Embedding()
     head: Weights = Weights(bits=8)
+    kv_cache: KvCache = FLOAT_CACHE
     override: tuple[Override, ...] = ()
     fallback: Literal["per_channel", "int8", "refuse"] = "per_channel"
     transforms: Transforms = Transforms()
@@ -145,3 +192,4 @@ class Recipe(Data):
     ranges: Ranges = Ranges()
     samples: Samples = Samples()
     rounding: Rounding = Rounding()
+    end_to_end: EndToEnd = EndToEnd()

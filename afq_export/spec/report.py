@@ -9,6 +9,9 @@ from typing import Literal
 
 import msgspec
 
+from afq_export.spec.cache import Cache
+from afq_export.spec.history import History, Tuning
+from afq_export.spec.online import OnlineCost
 from afq_export.spec.strict import Data
 
 SCHEMA_VERSION = 1
@@ -191,31 +194,6 @@ class Cost(Data):
     peak_rss_mb: float | None = None
 
 
-class EpochRecord(Data):
-    """One epoch of one block: mean loss, least dominance margin and largest condition number over its sites."""
-
-    epoch: int
-    loss: float
-    dominance: float
-    condition: float
-    stability_factor: float
-
-
-class History(Data):
-    """How a block's calibration went. Losses are relative: squared error over the mean square of the float output
-    (`learning.loss` says how tokens are weighted).
-
-    `start_loss` is that of the start values, `rounded_loss` that of no transform and no clipping (round-to-nearest),
-    `final_loss` that of what was kept. `events`: rollbacks and retries in words.
-    """
-
-    rounded_loss: float
-    start_loss: float
-    final_loss: float
-    epochs: tuple[EpochRecord, ...] = ()
-    events: tuple[str, ...] = ()
-
-
 class Site(Data):
     """One fold site of every block. `form` null: no transform, `reason` says why; `refused`: form -> why not here."""
 
@@ -327,10 +305,16 @@ class ValidationReport(Data, kw_only=True):
     """Of the exported file; what it holds besides rows and linears is the rest of its bytes."""
     sites: tuple[Site, ...] = ()
     """What was folded where, the same in every block."""
+    online: tuple[OnlineCost, ...] = ()
+    """What was not folded but stays in the program, because the recipe says so."""
     calibration: tuple[History, ...] = ()
     """Per block, in order; empty when the calibration is not at hand."""
+    tuning: Tuning | None = None
+    """What came after the blocks; null when nothing did."""
     devices: tuple[DeviceReport, ...] = ()
     """Devices that `validate --device` named."""
+    kv_cache: Cache | None = None
+    """Null where the target does not state what the cache holds."""
 
 
 class Origin(Data):
@@ -369,6 +353,7 @@ class Manifest(Data, kw_only=True):
     versions: dict[str, str]
     seed: int
     command: tuple[str, ...]
+    kv_cache: Cache | None = None
 
 
 def to_json(report: ValidationReport | Manifest) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from afq_export.spec.strict import convert
 
@@ -16,7 +16,9 @@ class Request:
     """What the user asked for. None: the default (the demo model, the target's recipe, the demo corpora).
 
     `eval_windows` None: 40 evenly spaced windows; 0: all. `window`: tokens of an evaluation window. `threads` None:
-    as many as this process may use; the last bits of what is learned depend on their number.
+    as many as this process may use; the last bits of what is learned depend on their number. `shards` None: as many as
+    there are processes (calibrate/shards.py). `activation_memory_mb` None: a quarter of the memory there is.
+    `device`: what blocks are learned on, `auto` a GPU if there is one.
     """
 
     target: str = "android-xnnpack"
@@ -31,6 +33,9 @@ class Request:
     window: int | None = None
     eval_windows: int | None = None
     threads: int | None = None
+    shards: int | None = None
+    activation_memory_mb: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def recorded_request(data: Mapping[str, Any]) -> Request:

@@ -14,6 +14,9 @@ import enum
 
 from afq_export.spec.strict import Data
 
+ONLINE = "the recipe's online Hadamard matrix stands between"
+"""Why nothing folds from up to down."""
+
 
 class SiteKind(enum.Enum):
     """Which neighbours a transform and its inverse fold into."""

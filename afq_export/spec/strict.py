@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 MAX_TOML_BYTES = 1 << 20
 """A recipe, target or corpus file beyond 1 MiB is not one; it is refused before it is parsed."""
+MAX_DOTS = 200
+"""Dots in a line of TOML: the parser's time grows with the square of a key's parts, to hours for a file full of one."""
 
 
 class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,13 +26,17 @@ class Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_toml(path: Path) -> dict[str, Any]:
     """The parsed TOML of `path`. Raises InputError when it cannot be read or parsed."""
     try:
-        if path.stat().st_size > MAX_TOML_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_TOML_BYTES + 1)
+        if len(data) > MAX_TOML_BYTES:
             raise InputError("file too large", where=str(path), why=f"more than {MAX_TOML_BYTES} bytes of TOML")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        if max(line.count(b".") for line in data.split(b"\n")) > MAX_DOTS:
+            raise InputError("not valid TOML", where=str(path), why=f"a line with more than {MAX_DOTS} dots")
+        return tomllib.loads(data.decode().replace("\r\n", "\n"))
     except OSError as error:
         raise InputError("cannot read file", where=str(path), why=error.strerror or str(error)) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError("not valid TOML", where=str(path), why=str(error) or "nested too deeply") from error
+    except (ValueError, RecursionError) as error:  # syntax, UTF-8, and integers of more digits than Python takes
+        raise InputError("not valid TOML", where=str(path), why=_first_line(error) or "nested too deeply") from error
 
 
 def convert(data: Any, kind: type[T], where: str) -> T:
@@ -39,6 +45,8 @@ def convert(data: Any, kind: type[T], where: str) -> T:
         return msgspec.convert(data, kind)
     except msgspec.ValidationError as error:
         raise InputError("does not fit", where=where, why=str(error), do=_hint(kind, str(error))) from error
+    except RecursionError as error:
+        raise InputError("does not fit", where=where, why="nested too deeply") from error
 
 
 def to_toml(data: Data) -> str:
@@ -51,6 +59,10 @@ def flat(prefix: str, value: Any) -> dict[str, str]:
     if isinstance(value, dict):
         return {k: v for key, item in value.items() for k, v in flat(f"{prefix}.{key}", item).items()}
     return {prefix: str(value)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0]
 
 
 def _without_none(value: Any) -> Any:

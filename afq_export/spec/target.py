@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from afq_export.spec.online import Online
 from afq_export.spec.quant import Granularity, LinearSpec, ScaleType
 from afq_export.spec.strict import Data
 
@@ -27,7 +28,8 @@ class Kernel(Data):
 
     `activation_granularity` and `activation_symmetric` are the grid that a dynamic kernel puts its input on (a group is
     `activation_group` inputs, or the weight's group where that is 0); `output` is `static` when it leaves its result on
-    a stored grid. `runs_as` is the operator that the runtime's profile must show, `session` the session options that it
+    a stored grid. `scale_group`: the operator has groups only, and a row's scale is in the file for each of that many
+    inputs. `runs_as` is the operator that the runtime's profile must show, `session` the session options that it
     needs, `opset` the least ONNX opset that has its types. `stated_by` is the vendor's page that says so, where nothing
     here can; empty: a test of this package exercises the kernel.
     """
@@ -62,6 +64,7 @@ class Kernel(Data):
     activation_group: int = 0
     activation_symmetric: bool = False
     output: Literal["float", "static"] = "float"
+    scale_group: int = 0
     group_multiple_of: int = 1
     groups: tuple[int, ...] = ()
     ragged_groups: bool = False
@@ -140,12 +143,14 @@ class OnnxOptions(Data):
     and configuration entries of ONNX Runtime. `providers` are the execution providers, in order; one that is not there
     is refused. `explicit_zero_points` writes weight zero points of 0 into the file. `ort_format` adds model.ort and
     the list of operators that a minimal build needs. Tensors of more than `external_data_mb` together go to
-    model.onnx.data.
+    model.onnx.data. A program of more than `vectors_mb` gets no test vectors: the runtime, which has two more copies of
+    it while it loads, is then left to `validate`.
     """
 
     opset: int = 23
     ir_version: int = 11
     external_data_mb: Annotated[int, Meta(ge=0)] = 1024
+    vectors_mb: Annotated[int, Meta(ge=0)] = 2048
     explicit_zero_points: bool = False
     ort_format: bool = False
     providers: Annotated[tuple[str, ...], Meta(min_length=1)] = ("CPUExecutionProvider",)
@@ -277,6 +282,10 @@ class TargetProfile(Data):
     elementwise_bits: Literal[0, 16] = 0
     """Bits of a static graph's tensors that no matrix product takes; 0: those of the others."""
     embedding_bits: tuple[int, ...] = (8, 32)
+    kv_cache_bits: tuple[int, ...] = (32,)
+    """Of the keys and values that the cache holds; 32 is what the program computes them in."""
+    online: tuple[Online, ...] = ()
+    """What a recipe may leave in the program (`transforms.online`)."""
     tools: tuple[str, ...] = ()
     float_ops: tuple[str, ...] = ()
     perplexity_budget: float = 0.02

@@ -12,8 +12,11 @@ from afq_export.errors import MissingToolError
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.load.corpus import Windows
 from afq_export.progress import Progress, silent
+from afq_export.quantize.cache import cache_facts
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
 from afq_export.spec import report as spec
+from afq_export.spec.history import History, Tuning
+from afq_export.spec.online import OnlineCost
 from afq_export.spec.report import Check, ValidationReport
 from afq_export.spec.target import TargetProfile
 from afq_export.validate.departures import NEAR_TIE, explain_disagreements
@@ -64,9 +67,11 @@ class Subject:
     coverage: spec.Coverage = dataclasses.field(default_factory=spec.Coverage)
     cost: spec.Cost = dataclasses.field(default_factory=spec.Cost)
     artifact: spec.Artifact | None = None
-    calibration: tuple[spec.History, ...] = ()
+    calibration: tuple[History, ...] = ()
+    tuning: Tuning | None = None
     size: spec.Size | None = None
     sites: tuple[spec.Site, ...] = ()
+    online: tuple[OnlineCost, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +158,11 @@ def validate(
         artifact=subject.artifact,
         checks=ordered,
         calibration=subject.calibration,
+        tuning=subject.tuning,
         size=subject.size,
         sites=subject.sites,
+        kv_cache=cache_facts(subject.checkpoint.kv_cache, subject.checkpoint.config, subject.target),
+        online=subject.online,
     )
 
 
@@ -363,6 +371,7 @@ def _order(check: Check) -> int:
         "operators",
         "specification",
         "saturation",
+        "kv cache",
         "ort file",
         "float operators",
         "perplexity",

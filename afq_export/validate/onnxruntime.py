@@ -10,14 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from afq_export.lower.onnx.float_parts import OnnxFloatParts
 from afq_export.lower.onnx.ort_format import ONLY_X86
 from afq_export.lower.onnx.probe import linears_model, run_linears
+from afq_export.lower.onnx.program import opset_of
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.runtime.onnxruntime import OnnxSession, RunOptions
 from afq_export.runtime.profile import executed
 from afq_export.runtime.saturation import saturating
 from afq_export.spec.report import Check
 from afq_export.spec.target import TargetProfile
+from afq_export.validate.cache import cache_check
 from afq_export.validate.rungs import ObservedOps, integer_rung, run_block
 from afq_export.validate.specification import relative_error, specified
 
@@ -37,6 +40,10 @@ def runtime_checks(
         specification_check(options, target, checkpoint, ids_T),
         saturation_check(saturating(options.session), target, checkpoint),
     ]
+    if checkpoint.kv_cache.quantized:
+        parts = OnnxFloatParts(opset_of(checkpoint, target), target, options, kept=False)
+        _, outputs = OnnxSession(model, options).run_both(ids_T)
+        checks.append(cache_check(outputs, integer_rung(checkpoint, target, parts=parts), ids_T))
     return [*checks, ort_check(model, options, ids_T)] if target.onnx.ort_format else checks
 
 

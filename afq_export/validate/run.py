@@ -9,6 +9,7 @@ import msgspec
 from afq_export.backends import backend
 from afq_export.calibrate.result import Calibration
 from afq_export.fold.folded import FoldedCheckpoint
+from afq_export.fold.online import online_costs
 from afq_export.job import Job
 from afq_export.load.model import expected_shapes
 from afq_export.lower.bundle import Bundle
@@ -47,7 +48,7 @@ def validate_bundle(
         ),
         recipe=job.recipe.name,
         original=job.model,
-        folded=FoldedCheckpoint(job.source, calibration.transforms()),
+        folded=FoldedCheckpoint(job.source(calibration.rotation()), calibration.transforms()),
         coverage=runtime.coverage(bundle, job.target, checkpoint),
         cost=Cost(
             calibrate_s=folder.cost("calibrate", "seconds"),
@@ -59,6 +60,8 @@ def validate_bundle(
         ),
         size=msgspec.structs.replace(counted, rest=bundle.model_bytes - counted.total + counted.rest),
         sites=sites(job),
+        online=online_costs(checkpoint.config),
         calibration=tuple(calibration.block(index).history for index in range(calibration.layers)),
+        tuning=calibration.tuning(),
     )
     return validate(subject, runtime.runtime(bundle, job.target, checkpoint), progress=progress)

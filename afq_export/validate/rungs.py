@@ -13,7 +13,7 @@ from torch import Tensor
 from afq_export.arch import decoder
 from afq_export.arch.attention import apply_rope, causal_attention
 from afq_export.arch.config import DecoderConfig
-from afq_export.arch.ops import FloatOps, Ops, PlainSums, Weights, activate
+from afq_export.arch.ops import FloatOps, Ops, PlainSums, Weights, activate, block_hadamard
 from afq_export.arch.static import StaticOps
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.quantize.activations import (
@@ -24,6 +24,7 @@ from afq_export.quantize.activations import (
     scaled_static,
     unrounded,
 )
+from afq_export.quantize.cache import cached
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.quantize.tensors import Grids, on_constant_grids, visit_grids
 from afq_export.spec.target import TargetProfile
@@ -53,6 +54,9 @@ class FloatParts(Protocol):
     def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
         """The MLP's nonlinearity."""
 
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        """`x` [B, T, n] times Hadamard matrices of `size`; only programs of targets with `online` have them."""
+
     def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         """Causal attention [B, T, H, d] of whole sequences."""
 
@@ -73,6 +77,9 @@ class TorchParts:
 
     def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
         return activate(config.activation, x)
+
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        return block_hadamard(x, size)
 
     def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         return causal_attention(q_BTHd, k_BTKd, v_BTKd)
@@ -102,6 +109,9 @@ class ComparedParts:
 
     def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
         return self._compare(self.parts.activation(config, x), self.reference.activation(config, x))
+
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        return self._compare(self.parts.hadamard(x, size), self.reference.hadamard(x, size))
 
     def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         return self._compare(
@@ -184,6 +194,9 @@ class FakeQuantOps(PlainSums):
     def activation(self, x: Tensor) -> Tensor:
         return self.float_ops.activation(x)
 
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        return self.float_ops.hadamard(x, size)
+
 
 class IntegerOps(PlainSums):
     """The target's integer kernels, exactly; what lies between them as `parts` computes it."""
@@ -216,6 +229,9 @@ class IntegerOps(PlainSums):
     def activation(self, x: Tensor) -> Tensor:
         return self.parts.activation(self.config, x)
 
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        return self.parts.hadamard(x, size)
+
 
 class ObservedOps:
     """Passes everything on to `ops` and shows the input of every linear to `observe(role, x)`."""
@@ -235,6 +251,9 @@ class ObservedOps:
 
     def activation(self, x: Tensor) -> Tensor:
         return self.ops.activation(x)
+
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        return self.ops.hadamard(x, size)
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         return self.ops.add(name, x, y)
@@ -284,7 +303,9 @@ class QuantizedRung:
         return StaticOps(self.config, ops, visit_grids(grids))
 
     def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-        return self.parts.attention(q_BTHd, k_BTKd, v_BTKd)
+        """Over keys and values as the cache holds them: a program reads all of them back, those of this call too."""
+        keys, values = (cached(x, self.checkpoint.kv_cache) for x in (k_BTKd, v_BTKd))
+        return self.parts.attention(q_BTHd, keys, values)
 
     def _cast(self, floats: Weights) -> Weights:
         return {name: tensor.to(self.dtype) for name, tensor in floats.items()}

@@ -21,7 +21,7 @@ from afq_export.arch.decoder import block, embed, family
 from afq_export.arch.ops import FloatOps
 from afq_export.calibrate.calibrate import run_block
 from afq_export.calibrate.learn import BlockProblem, train_step
-from afq_export.calibrate.ops import token_weights
+from afq_export.calibrate.ops import token_power, token_weights
 from afq_export.calibrate.start import start_parameters
 from afq_export.calibrate.statistics import input_statistics
 from afq_export.fold.forms import choose_forms
@@ -51,7 +51,9 @@ def main() -> None:
     roles = family(config).linear_shapes(config)
     of_block = {role: records[linear_name(index, role)] for role in roles}
     y = run_block(config, FloatOps(config, weights), x, WINDOWS)
-    problem = BlockProblem(config, weights, of_block, x, (y, y), token_weights(y, recipe.learning.loss))
+    power = token_power(y)
+    importance = token_weights(power, power.mean(), recipe.learning.loss)
+    problem = BlockProblem(config, weights, of_block, x, (y, y), importance)
     statistics_ = input_statistics(config, weights, x, WINDOWS)
     parameters = start_parameters(choose_forms(config, recipe.transforms), recipe, weights, statistics_, of_block)
     plain_weights = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afq_export.calibrate.calibrate import calibrate
+from afq_export.calibrate.gptq import gptq
 from afq_export.calibrate.result import Calibration, read_block, write_block
-from afq_export.calibrate.rounding import gptq
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.load.checkpoint import FloatCheckpoint
 from afq_export.load.corpus import Windows

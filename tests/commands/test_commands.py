@@ -114,6 +114,7 @@ def test_inspect_knows_what_things_are(finished: Path, model: Path, capfd):
     for path, kind in things.items():
         facts = answer(capfd, "inspect", str(path))
         assert facts["kind"] == kind
+        assert kind not in ("bundle", "quantized checkpoint") or facts["facts"]["KV cache"].startswith("float32")
         assert kind == "model" or sum(group["count"] for group in facts["layers"]) == 15
     assert call(["inspect", str(finished)]) == 0
     assert "blocks.*.q_proj" in capfd.readouterr().out
@@ -129,6 +130,18 @@ def test_plan_does_nothing_and_tells_the_size(asked, finished: Path, tmp_path: P
     assert call(["plan", *asked]) == 0
     out = capfd.readouterr().out
     assert "no affine at attn_norm, mlp_norm: a dense matrix does not fold" in out and "GFLOP/s" in out
+    manifest, report = (
+        json.loads((finished / "bundle" / f"{name}.json").read_text()) for name in ("manifest", "report")
+    )
+    assert plan["kv_cache"] == manifest["kv_cache"] == report["kv_cache"]
+    assert plan["kv_cache"]["bits"] == 32 and "KV cache     float32, " in out
+
+
+def test_plan_says_what_a_quantized_cache_holds(asked, capfd):
+    cache = answer(capfd, "plan", *asked, "--set", "kv_cache.bits=8")["kv_cache"]
+    assert cache["bits"] == 8 and cache["token_bytes"] < cache["float_token_bytes"] / 2
+    assert call(["plan", *asked, "--set", "kv_cache.bits=8", "--set", "kv_cache.group=5"]) == 2
+    assert "cache groups do not fit" in capfd.readouterr().err
 
 
 def test_plan_names_the_fallback(asked, capfd):
@@ -162,4 +175,4 @@ def test_doctor(capfd, monkeypatch):
     assert all(licences.values())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert call(["doctor"]) == 3
-    assert 'pip install "executorch>=1.5.1,<1.6"' in capfd.readouterr().out
+    assert 'pip install "executorch>=1.5,<1.6"' in capfd.readouterr().out

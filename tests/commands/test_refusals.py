@@ -93,14 +93,56 @@ def test_nan_in_a_weight(refused: Refused, asked: list[str], broken: Path, out: 
     assert not list(out.glob("*/block-001*")) and not (out / "bundle").exists() and not list(out.rglob("*.part"))
 
 
+@pytest.mark.parametrize("which", ["calib", "eval"])
 @pytest.mark.parametrize(
-    ("text", "said"), [("", "empty text"), ("a", "corpus too short [calib.txt]: 1 tokens, one window takes 32")]
+    ("text", "said"),
+    [
+        (b"", "empty text"),
+        (b" \n\t\n", "empty text"),
+        (b"a", "corpus too short [some.txt]: 1 tokens, one window takes"),
+        (b"\x7fELF\x02\x01\x01\x00\xff\xfe", "not UTF-8 text"),
+    ],
 )
-def test_calibration_text(refused: Refused, asked: list[str], tmp_path: Path, out: Path, text: str, said: str):
-    path = tmp_path / "calib.txt"
-    path.write_text(text)
-    assert refused("run", *options(asked, calib=str(path)), "--out", str(out)).startswith(said)
+def test_texts(refused: Refused, asked: list[str], tmp_path: Path, out: Path, which: str, text: bytes, said: str):
+    path = tmp_path / "some.txt"
+    path.write_bytes(text)
+    assert refused("run", *options(asked, **{which: str(path)}), "--out", str(out)).startswith(said)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("option", ["--recipe", "--target", "--calib"])
+def test_toml_that_takes_a_parser_hours(refused: Refused, asked: list[str], tmp_path: Path, out: Path, option: str):
+    path = tmp_path / "bomb.toml"
+    path.write_text("a." * 400_000 + "a=1")
+    line = refused("run", *asked, option, str(path), "--out", str(out))
+    assert line == f"not valid TOML [{path}]: a line with more than 200 dots"
+    assert not out.exists()
+
+
+def test_a_tokenizer_with_more_ids_than_the_embedding(refused: Refused, asked: list[str], broken: Path, out: Path):
+    tokenizer = json.loads((broken / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["vocab"]["a"] = 264
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    line = refused("run", *options(asked, model=str(broken)), "--out", str(out))
+    assert line.startswith(f"tokenizer and embedding do not fit [{broken}")
+    assert line.endswith("the largest token id is 264, the embedding has 264 rows")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"model": 3}', '{"version": "1.0"', "[" * 100_000])
+def test_a_tokenizer_that_is_none(refused: Refused, asked: list[str], broken: Path, out: Path, content: str):
+    (broken / "tokenizer.json").write_text(content)
+    line = refused("run", *options(asked, model=str(broken)), "--out", str(out))
+    assert line.startswith("cannot read the tokenizer") and len(line) < 500
+    assert not out.exists()
+
+
+def test_a_gguf_that_is_a_pickle(refused: Refused, asked: list[str], tmp_path: Path, out: Path):
+    """Its name does not make it one; it is not executed."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"cposix\nsystem\n(S'touch " + str(tmp_path / "pwned").encode() + b"'\ntR.")
+    refused("run", *options(asked, model=str(path)), "--out", str(out))
+    assert not out.exists() and not (tmp_path / "pwned").exists()
 
 
 def test_calibration_and_evaluation_overlap(refused: Refused, asked: list[str], texts: tuple[str, str], out: Path):

@@ -85,6 +85,12 @@ def test_no_room_for_the_first_file(disk: Path, capfd: pytest.CaptureFixture[str
     assert one_line(capfd, out).startswith(f"error: cannot write [{out / 'calibration'}")
 
 
+def test_a_disk_that_may_only_be_read(disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Root may write anywhere but there."""
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert one_line(capfd, disk / "run").startswith(f"error: cannot write [{disk / 'run'}")
+
+
 def one_line(capfd: pytest.CaptureFixture[str], out: Path) -> str:
     """What a run that must fail says last."""
     capfd.readouterr()

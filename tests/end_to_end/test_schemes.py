@@ -25,10 +25,11 @@ FAST = {
     ("demo-llama", "w4a8-static"): "rtn",
 }
 """One model a scheme, so that the suite stays short; the method is any that is cheap."""
-WEIGHT_ONLY = {"w2a16-g64", "w3a16-g128", "w4a16-g32", "w4a16-g128", "w4a16-g32-all4"}
+WEIGHT_ONLY = {"w2a16-g64", "w3a16-g128", "w4a16-g32", "w4a16-g128", "w4a16-g32-all4", "w3a16", "w4a16"}
+INPUTS_OF_4 = {"w4a4"}
 STATIC_16 = {"w8a16-static", "w4a16-static", "w4a16-static-g32"}
 """Schemes that XNNPACK has no kernel for: other targets run them (test_onnx_targets.py, test_qnn.py)."""
-TAKEN = sorted({entry.name for entry in entries(SCHEMES)} - WEIGHT_ONLY - STATIC_16)
+TAKEN = sorted({entry.name for entry in entries(SCHEMES)} - WEIGHT_ONLY - STATIC_16 - INPUTS_OF_4)
 CASES = [
     pytest.param(
         model, f"{scheme}+{FAST.get((model, scheme), 'awq')}", marks=() if (model, scheme) in FAST else pytest.mark.slow
@@ -43,9 +44,9 @@ def test_the_suite_has_every_scheme() -> None:
     assert {model for model, _ in FAST} == set(MODELS)
 
 
-@pytest.mark.parametrize("scheme", sorted(WEIGHT_ONLY | STATIC_16))
+@pytest.mark.parametrize("scheme", sorted(WEIGHT_ONLY | STATIC_16 | INPUTS_OF_4))
 def test_what_is_left_out_is_what_is_refused(scheme: str) -> None:
-    with pytest.raises(InputError, match=r"takes dynamic activations, not (none|static)"):
+    with pytest.raises(InputError, match=r"takes (dynamic activations, not (none|static)|8-bit activations, not 4)"):
         assign(small_config(), load_recipe(scheme), TARGET)
 
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from afq_export.errors import InputError
 from afq_export.files import sha256_file
-from afq_export.load.corpus import cut_windows, read_corpus, read_text_corpus, refuse_overlap
+from afq_export.load.corpus import (
+    PASSAGE_BYTES,
+    PASSAGES,
+    WHOLE_BYTES,
+    cut_windows,
+    read_corpus,
+    read_text_corpus,
+    refuse_overlap,
+)
 from afq_export.load.model import open_model
 from afq_export.load.tokenizer import open_tokenizer
 from afq_export.spec.corpus import CorpusSpec
@@ -63,3 +73,42 @@ def test_windows_are_evenly_spaced_and_without_bos(tmp_path: Path) -> None:
     assert len(cut_windows(corpus, tokenizer, "digest", 8, None).ids_NT) == 10
     with pytest.raises(InputError, match="83 tokens, one window takes 84"):
         cut_windows(corpus, tokenizer, "digest", 84, None)
+
+
+def test_of_a_huge_text_passages_are_read(tmp_path: Path) -> None:
+    """A GiB with holes: the same lines from all over it, in order, in a moment; a hole's zeros are characters too."""
+    path, size = tmp_path / "a.txt", 1 << 30
+    with path.open("wb") as file:
+        for index in range(PASSAGES):
+            file.seek(index * size // PASSAGES)
+            file.write(f"head of {index}\nline of {index}\r\nend of".encode())
+        file.truncate(size)
+    corpus = read_text_corpus(path)
+    assert corpus.name == "a.txt (64 passages of its 1024 MiB)"
+    assert len(corpus.text) <= PASSAGES * PASSAGE_BYTES
+    assert [line for line in corpus.text.split("\n") if line.startswith("line")] == [f"line of {i}" for i in range(64)]
+    assert corpus == read_text_corpus(path)
+
+
+@pytest.mark.parametrize("before", ["", "x", "xx", "xxx"])
+def test_passages_are_whole_characters_where_there_are_no_lines(tmp_path: Path, before: str) -> None:
+    (tmp_path / "a.txt").write_text(before + "\U0001f600" * (WHOLE_BYTES // 4 + 1), encoding="utf-8")
+    text = read_text_corpus(tmp_path / "a.txt").text
+    assert set(text.removeprefix(before)) == {"\U0001f600"} and len(text) > PASSAGES * (PASSAGE_BYTES // 4 - 2)
+
+
+def test_a_huge_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"\x80abc\xff\n" * (WHOLE_BYTES // 6 + 1))
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        read_text_corpus(tmp_path / "a.bin")
+
+
+def test_a_stream_is_read_when_it_ends_soon(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("some text",))
+    writer.start()
+    assert read_text_corpus(pipe).text == "some text"
+    writer.join()
+    with pytest.raises(InputError, match="it is no file"):
+        read_text_corpus(Path("/dev/zero"))

@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 import torch
 
+from afq_export.arch import decoder
 from afq_export.arch.config import DecoderConfig
 from afq_export.errors import InputError, VerdictError
+from afq_export.lower.executorch.compose import export_program
+from afq_export.lower.executorch.decoder import TokenRows
+from afq_export.lower.executorch.float_parts import ExecutorchFloatParts
 from afq_export.lower.executorch.program import LoweredProgram, lower_program, verify_linears
 from afq_export.lower.executorch.readback import read_linears, read_program
 from afq_export.progress import silent
-from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedEmbedding, QuantizedLinear
 from afq_export.runtime.executorch import ExecutorchSession
+from afq_export.runtime.library import load_runtime
+from afq_export.spec.recipe import KvCache
 from afq_export.spec.target import Shapes
+from afq_export.validate.evaluate import hidden_states
+from afq_export.validate.rungs import integer_rung
 from tests.checkpoints import KERNELS, random_checkpoint, small_config
 from tests.lower.reference import TARGET, random_ids, reference_logits
 
@@ -36,6 +44,7 @@ def mixed(name: str) -> str:
 CASES: dict[str, tuple[DecoderConfig, str | Callable[[str], str], int]] = {
     "llama, int8": (small_config(), "qd8-f32-qc8w", 8),
     "llama, int4 per channel": (small_config(), "qd8-f32-qc4w", 4),
+    "llama, rows of 2 bits": (small_config(layers=1), "qd8-f32-qc8w", 2),
     "llama, int4 groups": (small_config(), "qd8-f32-qb4w", 8),
     "llama, static int8": (small_config(), "qs8-qc8w", 32),
     "llama, every kernel": (small_config(), mixed, 4),
@@ -61,6 +70,36 @@ def test_program_is_the_integer_reference(case: str, tmp_path: Path) -> None:
     assert relative(chunked, expected) < RELATIVE
     assert relative(single, expected) < RELATIVE
     assert torch.equal(session.logits(ids), chunked), "the cache of an earlier sequence shows through"
+
+
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rows_are_the_checkpoints_bit_for_bit(bits: int, group: int) -> None:
+    """Every row, every code, in the runtime."""
+    random, limit = torch.Generator().manual_seed(bits), 1 << bits - 1
+    codes = torch.randint(-limit, limit, (96, 64), dtype=torch.int8, generator=random)
+    scales = 0.5 + torch.rand(96, 64 // group if group else 1, generator=random)
+    embedding = QuantizedEmbedding(bits, group, codes, scales)
+    ids = torch.randperm(96, generator=random)[None]
+    program = export_program(TokenRows(embedding), (ids,), []).buffer
+    rows = load_runtime()._load_for_executorch_from_buffer(program).forward([ids])[0]
+    assert torch.equal(rows[0], embedding.dequantized()[ids[0]])
+
+
+@pytest.mark.parametrize("cache", [KvCache(8), KvCache(4), KvCache(4, 8)])
+def test_a_program_with_a_quantized_cache_is_the_reference_bit_for_bit(cache: KvCache, tmp_path: Path) -> None:
+    """Prompts in chunks, over two sequences; and step by step, where other float kernels attend, within rounding."""
+    checkpoint = random_checkpoint(tmp_path / "quantized", small_config(), kv_cache=cache)
+    session = save(lower_program(checkpoint, SMALL_TARGET, silent), tmp_path)
+    parts = ExecutorchFloatParts(session.context, session.prefill)
+    reference = integer_rung(checkpoint, SMALL_TARGET, parts=parts)
+    for count in (3 * PREFILL + 5, CONTEXT):
+        ids = random_ids(checkpoint.config.vocab, count)
+        with torch.no_grad():
+            expected = decoder.head(reference.head(), hidden_states(reference, ids[None]))[0]
+        assert torch.equal(session.logits(ids), expected)
+    single = torch.cat([session.extend(ids[place : place + 1], place) for place in range(CONTEXT)])
+    assert relative(single, expected) < RELATIVE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,17 @@ def test_int4_refuses(codes: list[list[int]]) -> None:
         weights.pack_int4(np.array(codes, np.int8))
 
 
+def test_int2_layout() -> None:
+    """Four codes in a byte, the first in the low bits; stored as code + 2."""
+    assert weights.pack_embedding_int2(np.array([[-2, -1, 0, 1]], np.int8)).tolist() == [[0b11100100]]
+
+
+@pytest.mark.parametrize("codes", [[[2, 0, 0, 0]], [[-3, 0, 0, 0]], [[1, 0]]])
+def test_int2_refuses(codes: list[list[int]]) -> None:
+    with pytest.raises(InputError):
+        weights.pack_embedding_int2(np.array(codes, np.int8))
+
+
 def test_bfloat16_comes_back() -> None:
     scales = np.array([[0.5, 1.0], [0.0078125, 3.0]], np.float32)
     bits = weights.bfloat16_bits(scales)

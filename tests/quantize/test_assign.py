@@ -93,3 +93,28 @@ def test_a_static_head_is_refused_before_anything_is_calibrated() -> None:
     recipe = load_recipe("w8a8-static+rtn", ('override=[{pattern="*", activations="static"}]',))
     with pytest.raises(InputError, match="no static lm_head"):
         assign(llama_config(), recipe, load_target("linux-x64-ort"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("target", ["intel-openvino", "ios-coreml", "android-vulkan", "android-qnn-htp", "ethos-u85"])
+def test_targets_without_a_quantized_cache_say_so(target: str, bits: int) -> None:
+    profile = load_target(target)
+    recipe = load_recipe(profile.default_recipe, (f"kv_cache.bits={bits}",))
+    with pytest.raises(
+        InputError, match=rf"no such KV cache .*{target}: kv_cache.bits = {bits}.*take one of 32"
+    ) as found:
+        assign(llama_config(), recipe, profile)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("kv_cache.bits=8", "kv_cache.group=4"), "cache groups do not fit .*kv_cache.group = 4.*not a multiple"),
+        (("kv_cache.bits=4",), "no 4-bit cache .*heads have 9 numbers"),
+    ],
+)
+def test_caches_that_do_not_fit_the_heads(changes: tuple[str, ...], message: str) -> None:
+    config = llama_config(head_dim=9)
+    with pytest.raises(InputError, match=message):
+        assign(config, load_recipe("w8a8-dynamic", changes), load_target("linux-x64-ort"))

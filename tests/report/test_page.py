@@ -11,7 +11,11 @@ import pytest
 
 from afq_export.report import page, plots
 from afq_export.report.compare import Subject, comparison
+from afq_export.report.markdown import report_markdown
+from afq_export.report.summary import summary
 from afq_export.spec import report as spec
+from afq_export.spec.cache import Cache
+from afq_export.spec.history import EpochRecord, History, Tuning
 from tests.report.sample import sample
 
 MANIFEST = spec.Manifest(
@@ -27,9 +31,9 @@ VOID = {"meta", "br"}
 LOADS = ("src", "href", "xlink:href", "data", "action")
 
 
-def history() -> tuple[spec.History, ...]:
-    epochs = tuple(spec.EpochRecord(epoch, 0.5 - 0.1 * epoch, 0.8, 12.0 + epoch, 0.1) for epoch in range(3))
-    return (spec.History(0.9, 0.5, 0.3, epochs), spec.History(0.8, 0.4, 0.4, (), ("nothing better was learned",)))
+def history() -> tuple[History, ...]:
+    epochs = tuple(EpochRecord(epoch, 0.5 - 0.1 * epoch, 0.8, 12.0 + epoch, 0.1) for epoch in range(3))
+    return (History(0.9, 0.5, 0.3, epochs), History(0.8, 0.4, 0.4, (), ("nothing better was learned",)))
 
 
 def layers(sqnr: float) -> tuple[spec.LayerReport, ...]:
@@ -115,6 +119,15 @@ def test_verdict_first_and_every_section():
     ]
 
 
+def test_every_form_says_what_the_cache_holds() -> None:
+    report = full(kv_cache=Cache(bits=8, group=32, token_bytes=6480, float_token_bytes=23040))
+    line = "int8, a grid per token and head of 32 numbers: 6.48 MB per 1,000 tokens, 28.1% of float32's 23.04 MB"
+    assert f"- KV cache: {line}" in report_markdown(report)
+    assert line.split("float32")[0] in page.html([subject(report)])
+    assert re.search(rf"^KV cache +{re.escape(line)}$", summary(report), re.MULTILINE)
+    assert "KV cache" not in report_markdown(full())
+
+
 def test_a_failure_is_on_top():
     report = full(verdict="fail", first_departure="lm_head", checks=(spec.Check("layers", "failed", "1 departs"),))
     top = page.html([subject(report)]).split("</header>")[0]
@@ -160,3 +173,11 @@ def test_other_protocols_are_not_compared():
     assert {row[0]: row[3] for row in first.table.rows}["perplexity of the file"] == "-"
     assert "not compared" in first.after and second.plots() == []
     assert {row[3] for row in second.table.rows} == {"-"}
+
+
+@pytest.mark.parametrize(("kept", "end"), [(True, "1.100e-01 after"), (False, "left as it was")])
+def test_what_came_after_the_blocks_is_said(kept: bool, end: str) -> None:
+    tuned = full(tuning=Tuning(20, 96, 0.125, 0.11, kept))
+    text = report_markdown(tuned)
+    assert "end to end: 20 steps on 96 windows" in text and end in text
+    assert "end to end" not in report_markdown(full())

@@ -185,6 +185,8 @@ def test_a_target_takes_its_first_kernel_that_fits() -> None:
         (QuantSpec(4, Granularity.PER_GROUP, group=32), "dynamic", "MatMulNBits-4-int8", 0),
         (QuantSpec(8, Granularity.PER_GROUP, group=256), "dynamic", "MatMulNBits-8-int8", 0),
         (QuantSpec(4, Granularity.PER_CHANNEL), "dynamic", "MatMulInteger", 0),
+        (QuantSpec(4, Granularity.PER_CHANNEL), None, "MatMulNBits-4-row", 0),
+        (QuantSpec(3, Granularity.PER_CHANNEL), None, "MatMulNBits-4-row", 0),
     ],
 )
 def test_the_kernels_of_onnx_runtime(weight: QuantSpec, activation: str | None, kernel: str, opset: int) -> None:
@@ -197,7 +199,8 @@ def test_the_kernels_of_onnx_runtime(weight: QuantSpec, activation: str | None, 
 @pytest.mark.parametrize(
     ("weight", "activation", "said"),
     [
-        (QuantSpec(4, Granularity.PER_CHANNEL), None, "takes per_group weights, not per_channel"),
+        (QuantSpec(8, Granularity.PER_CHANNEL), None, "takes per_group weights, not per_channel"),
+        (QuantSpec(2, Granularity.PER_CHANNEL), None, "takes per_group weights, not per_channel"),
         (QuantSpec(4, Granularity.PER_GROUP, group=48), None, "takes groups of 16/32/64/128/256, not 48"),
         (QuantSpec(2, Granularity.PER_GROUP, group=16), "dynamic", "takes groups of 32/64/128, not 16"),
         (QuantSpec(4, Granularity.PER_GROUP, symmetric=False, group=32), None, "symmetric weights only"),

@@ -39,6 +39,7 @@ def linear_of(
     *,
     name: str = "blocks.0.q_proj",
     bits: int = 8,
+    input_bits: int = 8,
     group: int = 32,
     bias: bool = True,
     seed: int = 0,
@@ -53,7 +54,7 @@ def linear_of(
     where = Granularity.PER_GROUP if blocked else Granularity.PER_CHANNEL
     weight = QuantSpec(bits, where, group=group if blocked else 0)
     activation = {
-        "dynamic_per_token": QuantSpec(8, Granularity.PER_TOKEN, dynamic=True),
+        "dynamic_per_token": QuantSpec(input_bits, Granularity.PER_TOKEN, dynamic=True),
         "dynamic_per_block": QuantSpec(8, Granularity.PER_GROUP, group=group, dynamic=True),
         "weight_only": None,
     }.get(arithmetic, QuantSpec(8, Granularity.PER_TENSOR, symmetric=False))
@@ -147,7 +148,8 @@ class Program:
         largest = self._node("Abs", [x], f"{x}.abs")
         largest = self._node("ReduceMax", [largest, self._tensor("axes", np.array([-1]))], f"{x}.largest", keepdims=1)
         largest = self._node("Max", [largest, self._tensor("least", np.array(2.0**-90, np.float32))], f"{x}.range")
-        step = self._node("Div", [largest, self._tensor("qmax", np.array(127, np.float32))], f"{x}.step")
+        qmax = {8: 127, 4: 7}[linear.spec.activation.bits]
+        step = self._node("Div", [largest, self._tensor(f"{x}.qmax", np.array(qmax, np.float32))], f"{x}.step")
         codes = self._node("Round", [self._node("Div", [x, step], f"{x}.steps")], f"{x}.rounded")
         codes = self._node("Add", [codes, self._tensor("offset", np.array(128, np.float32))], f"{x}.shifted")
         codes = self._node("Cast", [codes], f"{x}.codes", to=TensorProto.UINT8)

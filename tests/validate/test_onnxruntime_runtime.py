@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from afq_export.errors import InputError
 from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
+from afq_export.spec.quant import Granularity, QuantSpec
 from afq_export.validate.integer.linear import integer_linear
 from afq_export.validate.integer.onnxruntime import quantize_by_division
 from tests.checkpoints import hostile_weights
@@ -92,6 +94,52 @@ def test_model_is_the_kernel(together, tokens):
         part = [x[start : start + tokens] for x in inputs]
         for linear, x, theirs in zip(linears, part, program.run(part), strict=True):
             assert_same(linear, x, theirs, f"rows {start}..")
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """The same for inputs of 4 bits."""
+    linears = [
+        hostile_weights(linear_of("dynamic_per_token", *shape, bias=bias, bits=bits, input_bits=4, name=f"{n}.{bias}"))
+        for n, (shape, bits) in enumerate([((48, 64), 4), ((33, 33), 8), ((17, 1536), 4)])
+        for bias in (True, False)
+    ]
+    return linears, Program(linears)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_model_is_the_kernel_on_inputs_of_4_bits(narrow, tokens):
+    linears, program = narrow
+    inputs = [hostile_inputs(linear.spec.inputs) for linear in linears]
+    for start in range(0, 40, tokens):
+        part = [x[start : start + tokens] for x in inputs]
+        for linear, x, theirs in zip(linears, part, program.run(part), strict=True):
+            assert_same(linear, x, theirs, f"rows {start}..")
+
+
+def test_inputs_of_4_bits_have_fifteen_values():
+    linear = linear_of("dynamic_per_token", 512, 512, input_bits=4, bias=False)
+    linear = dataclasses.replace(linear, codes=torch.eye(512, dtype=torch.int8), scales=torch.ones(512, 1))
+    x = torch.linspace(-1, 1, 512) * 10.0 ** torch.arange(-3, 3)[:, None]
+    [theirs] = Program([linear]).run([x])
+    assert [len(row.unique()) for row in theirs] == [15] * 6
+    step = x.abs().amax(-1, keepdim=True) / 7
+    assert torch.equal(theirs, (x / step).round() * step)
+    assert torch.equal(theirs, modelled(linear, x))
+
+
+@pytest.mark.parametrize("inputs", [64, 256, 257, 1536])
+def test_a_scale_per_row_is_the_same_scale_for_every_block(inputs):
+    """How weight-only rows reach MatMulNBits: the file repeats a row's scale, the model knows one."""
+    blocked = linear_of("weight_only", 24, inputs, bits=4, group=256)
+    blocked = dataclasses.replace(blocked, scales=blocked.scales[:, :1].expand(-1, blocked.spec.groups).contiguous())
+    weight = QuantSpec(4, Granularity.PER_CHANNEL)
+    record = msgspec.structs.replace(blocked.record, spec=msgspec.structs.replace(blocked.spec, weight=weight))
+    row = dataclasses.replace(blocked, record=record, scales=blocked.scales[:, :1])
+    x = torch.randn(5, inputs, generator=torch.Generator().manual_seed(0))
+    [theirs] = Program([blocked], stored=4).run([x], LEVEL_0)
+    assert_same(row, x, theirs)
+    assert torch.equal(modelled(row, x), modelled(blocked, x))
 
 
 @pytest.mark.parametrize("arithmetic", EXACT)

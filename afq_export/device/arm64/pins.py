@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,12 +43,16 @@ class Pins(Data):
     headers: Packages
     compiler: Packages
     wheels: tuple[Wheel, ...]
+    digests: dict[str, dict[str, str]] = {}
+    """Wheel -> other version -> sha256."""
 
 
 def read_pins(path: Path = TABLE) -> Pins:
-    """The table, with the versions that this machine has; their digests are dropped where the version is another."""
+    """The table, with the versions that this machine has, and their digests where the table has them."""
     pins = convert(read_toml(path), Pins, str(path))
-    return msgspec.structs.replace(pins, wheels=tuple(map(_as_here, pins.wheels)))
+    return msgspec.structs.replace(
+        pins, wheels=tuple(_as_here(wheel, pins.digests.get(wheel.name, {})) for wheel in pins.wheels)
+    )
 
 
 def fingerprint(pins: Pins) -> str:
@@ -57,11 +62,15 @@ def fingerprint(pins: Pins) -> str:
     ).hexdigest()
 
 
-def _as_here(wheel: Wheel) -> Wheel:
+def _as_here(wheel: Wheel, digests: Mapping[str, str]) -> Wheel:
     if not wheel.as_here:
         return wheel
     try:
         found = version(wheel.name).partition("+")[0]
     except PackageNotFoundError:
         return wheel
-    return wheel if found == wheel.version else msgspec.structs.replace(wheel, version=found, sha256="")
+    return (
+        wheel
+        if found == wheel.version
+        else msgspec.structs.replace(wheel, version=found, sha256=digests.get(found, ""))
+    )

@@ -19,7 +19,7 @@ import onnxruntime as ort
 NUMBERS = {"windows": 1, "tokens": 1, "prompt": 1, "call": 1, "threads": 0}
 FILES = ("model", "ids", "logits", "losses", "choices", "matrices", "profile")
 LISTS = ("entry", "provider")
-DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 PAST, PRESENT = "past_key_values.", "present."
 CPU = "CPUExecutionProvider"
 LEVELS = {

@@ -8,9 +8,10 @@ from afq_export.spec.report import Coverage, Lowered, Refused
 
 REASONS = {
     "llama::custom_sdpa": "attention over the cache: float32, ExecuTorch's own kernel; XNNPACK has none with state",
-    "llama::update_cache": "writes keys and values: float32 cache, state of the program",
+    "llama::update_cache": "writes keys and values, or their codes and grids: the cache, state of the program",
     "quantized_decomposed::embedding_byte": "looks up int8 rows and scales them: XNNPACK has no look-up",
     "quantized_decomposed::embedding_4bit": "looks up int4 rows and scales them: XNNPACK has no look-up",
+    "quantized_decomposed::embedding_2bit": "looks up int2 rows and scales them: XNNPACK has no look-up",
     "aten::embedding": "looks up float32 rows: XNNPACK has no look-up",
     "aten::slice_copy": "takes the rotation of these positions from a table",
     "aten::index": "takes the rows of these positions from a table",

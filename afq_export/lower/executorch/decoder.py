@@ -10,17 +10,19 @@ from torch import Tensor, nn
 
 from afq_export.arch.attention import rope_tables
 from afq_export.arch.decoder import family
+from afq_export.lower.executorch.cache import QuantizedAttention
 from afq_export.lower.executorch.compose import call_segment
 from afq_export.lower.executorch.segments import Segment
-from afq_export.lower.executorch.weights import pack_embedding_int4
+from afq_export.lower.executorch.weights import pack_embedding_int2, pack_embedding_int4
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedEmbedding
 
 
 class CachedDecoder(nn.Module):
     """`forward(tokens int64 [1, T], input_pos int64 [1])` to logits float32 [1, T, V].
 
-    The caches [1, context, K, d] are state of the program. Positions from `input_pos` on are overwritten, and only
-    positions before the end of this call are attended to, so a call at position 0 starts afresh.
+    The caches [1, context, K, d], float or quantized (cache.py), are state of the program. Positions from `input_pos`
+    on are overwritten, and only positions before the end of this call are attended to, so a call at position 0 starts
+    afresh.
     """
 
     def __init__(self, checkpoint: QuantizedCheckpoint, segments: Sequence[Segment], context: int) -> None:
@@ -33,8 +35,11 @@ class CachedDecoder(nn.Module):
             cos_Sd, sin_Sd = rope_tables(self.config.rope, torch.arange(context))
             self.register_buffer("cos", cos_Sd)
             self.register_buffer("sin", sin_Sd)
-        cache = self.config.kv_heads, self.config.head_dim, context
-        self.attention = nn.ModuleList(CachedAttention(*cache) for _ in range(self.config.layers))
+        sizes, cache = (self.config.kv_heads, self.config.head_dim, context), checkpoint.kv_cache
+        self.attention = nn.ModuleList(
+            QuantizedAttention(*sizes, cache) if cache.quantized else CachedAttention(*sizes)
+            for _ in range(self.config.layers)
+        )
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         count = tokens.shape[1]
@@ -78,13 +83,15 @@ class CachedAttention(nn.Module):
 
 
 class TokenRows(nn.Module):
-    """Token ids [1, T] to float32 rows [1, T, D], from int4, int8 or float storage."""
+    """Token ids [1, T] to float32 rows [1, T, D], from int2, int4, int8 or float storage."""
 
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         super().__init__()
         self.bits = embedding.bits
         codes = embedding.codes.numpy()
         match self.bits:
+            case 2:
+                codes = pack_embedding_int2(codes)
             case 4:
                 codes = pack_embedding_int4(codes)
             case 8:
@@ -97,6 +104,8 @@ class TokenRows(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         quantized = torch.ops.quantized_decomposed
         match self.bits:
+            case 2:
+                look_up, low, high = quantized.embedding_2bit.dtype, -2, 1
             case 4:
                 look_up, low, high = quantized.embedding_4bit.dtype, -8, 7
             case 8:

@@ -20,7 +20,7 @@ from afq_export.lower.executorch.compose import call_segment, export_program
 from afq_export.lower.executorch.decoder import CachedAttention
 from afq_export.lower.executorch.graph import XnnGraph
 from afq_export.lower.executorch.operand import Operand, activate
-from afq_export.lower.executorch.segments import Segment, XnnOps
+from afq_export.lower.executorch.segments import Segment, XnnOps, write_hadamard
 from afq_export.quantize.checkpoint import QuantizedLinear
 
 ROWS = 128
@@ -51,6 +51,9 @@ class ExecutorchFloatParts:
 
     def activation(self, config: DecoderConfig, x: Tensor) -> Tensor:
         return self._run("activation", lambda operand: activate(config.activation, operand), x)
+
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        return self._run(f"hadamard {size}", lambda operand: write_hadamard(operand, size), x)
 
     def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         return torch.stack([self._attend(*window) for window in zip(q_BTHd, k_BTKd, v_BTKd, strict=True)])

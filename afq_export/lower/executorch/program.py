@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from afq_export.arch.ops import hadamard_matrix
 from afq_export.errors import InputError, VerdictError
 from afq_export.lower.executorch.compose import export_program
 from afq_export.lower.executorch.coverage import coverage_of
@@ -106,6 +107,8 @@ def _norms(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, bytes]]:
             yield f"blocks.{index}.{name}", tensor.float().numpy().tobytes()
     for name, tensor in checkpoint.head_floats().items():
         yield name, tensor.float().numpy().tobytes()
+    if checkpoint.config.down_hadamard:
+        yield "hadamard", hadamard_matrix(checkpoint.config.down_hadamard).numpy().tobytes()
 
 
 def _tables(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, bytes]]:

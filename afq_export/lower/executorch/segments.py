@@ -17,7 +17,7 @@ from torch import Tensor
 from afq_export.arch.attention import apply_rope
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family, head
-from afq_export.arch.ops import PlainSums
+from afq_export.arch.ops import PlainSums, hadamard_matrix
 from afq_export.errors import InputError
 from afq_export.lower.executorch import weights
 from afq_export.lower.executorch.graph import DType, Payload, Shape, Tokens, XnnGraph, per_tensor
@@ -66,9 +66,20 @@ class XnnOps(PlainSums):
     def activation(self, x: Operand) -> Operand:
         return activate(self.config.activation, x)
 
+    def hadamard(self, x: Operand, size: int) -> Operand:
+        return write_hadamard(x, size)
+
     def _constant(self, graph: XnnGraph, name: str) -> Operand | None:
         tensor = self.floats.get(name)
         return None if tensor is None else Operand(graph, graph.constant(tensor.float().numpy()))
+
+
+def write_hadamard(x: Operand, size: int) -> Operand:
+    """`x` [1, T, n] times Hadamard matrices: a float linear on all blocks of all tokens (fold/online.py)."""
+    graph = x.graph
+    rows = x.view((*x.shape[:-1], x.shape[-1] // size, size))
+    matrix = graph.constant(hadamard_matrix(size).numpy())
+    return Operand(graph, graph.fully_connected(rows.value, matrix, None)).view(x.shape)
 
 
 def write_linear(x: Operand, linear: QuantizedLinear, handle: int) -> int:

@@ -63,6 +63,19 @@ def static_bias(bias_O: np.ndarray, input_scale: float, scales_O: np.ndarray) ->
     return np.clip(steps.astype(np.float64), limits.min, limits.max).astype(np.int32)
 
 
+def pack_embedding_int2(codes_VD: np.ndarray) -> np.ndarray:
+    """Token rows for ExecuTorch's 2-bit embedding: bytes [V, D/4] of `code + 2`, the first of four in the low bits.
+
+    Raises InputError unless D is a multiple of 4 and every code in [-2, 1].
+    """
+    if codes_VD.shape[1] % 4:
+        raise InputError("int2 rows need a multiple of 4 columns", why=f"got {codes_VD.shape[1]}")
+    if codes_VD.min() < -2 or codes_VD.max() > 1:
+        raise InputError("a code does not fit 2 bits", why=f"range [{codes_VD.min()}, {codes_VD.max()}]")
+    parts = (codes_VD + 2).astype(np.uint8)
+    return np.bitwise_or.reduce([parts[:, place::4] << 2 * place for place in range(4)])
+
+
 def pack_embedding_int4(codes_VD: np.ndarray) -> np.ndarray:
     """Token rows for ExecuTorch's own 4-bit embedding: bytes [V, D/2], the even column in the *high* nibble.
 

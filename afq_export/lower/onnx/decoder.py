@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from afq_export.arch.attention import rope_tables
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family, head
 from afq_export.arch.ops import PlainSums
+from afq_export.lower.onnx.cache import write_cached
 from afq_export.lower.onnx.embedding import write_rows
 from afq_export.lower.onnx.graph import OnnxGraph
+from afq_export.lower.onnx.hadamard import write_hadamard
 from afq_export.lower.onnx.linears import write_linear
 from afq_export.lower.onnx.operand import Operand, activate
 from afq_export.progress import Progress
@@ -56,6 +59,9 @@ class OnnxOps(PlainSums):
     def activation(self, x: Operand) -> Operand:
         return activate(self.config.activation, x)
 
+    def hadamard(self, x: Operand, size: int) -> Operand:
+        return write_hadamard(x, size)
+
     def _tensor(self, graph: OnnxGraph, name: str) -> str:
         return graph.tensor(f"{graph.scope}.{name}", self.floats[name].float().numpy())
 
@@ -96,15 +102,27 @@ def write_attention(
     return Operand(q.graph, value, q.shape, flat[0])
 
 
+def write_attention_over(q: Operand, keys: str, values: str, mask: str) -> Operand:
+    """Attention of q [B, T, H, d] over float keys and values [B, K, total, d], those of its own tokens among them."""
+    graph, flat = q.graph, (*q.shape[:2], q.shape[2], q.shape[3])
+    heads = graph.node("Transpose", [q.as_stored(flat)], perm=[0, 2, 1, 3])
+    value = graph.node("Attention", [heads, keys, values, mask], f"{graph.scope}.attention")
+    return Operand.of(graph, graph.node("Transpose", [value], perm=[0, 2, 1, 3]), q.shape)
+
+
 def write_decoder(
-    checkpoint: QuantizedCheckpoint, target: TargetProfile, context: int, progress: Progress
+    checkpoint: QuantizedCheckpoint,
+    target: TargetProfile,
+    context: int,
+    progress: Progress,
+    beside: Path | None = None,
 ) -> OnnxGraph:
     """The graph from `input_ids` to `logits` (interface.py), for sequences of up to `context` tokens.
 
-    Reads the checkpoint one block at a time.
+    Reads the checkpoint one block at a time; with `beside`, no more than that is held (see OnnxGraph).
     """
-    config, arch = checkpoint.config, family(checkpoint.config)
-    graph = OnnxGraph("embedding")
+    config, arch, cache = checkpoint.config, family(checkpoint.config), checkpoint.kv_cache
+    graph = OnnxGraph("embedding", beside)
     ids = Operand.of(graph, "input_ids", (BATCH, SEQUENCE))
     mask = write_mask(graph)
     positions, rope = ("position_ids", write_tables(graph, config, context)) if config.rope else ("", None)
@@ -121,7 +139,12 @@ def write_decoder(
         ops = OnnxOps(config, target, checkpoint.block(index), checkpoint.block_floats(index), positions)
         q, k, v = arch.attention_in(config, ops, x, rope)
         past = (f"past_key_values.{index}.key", f"past_key_values.{index}.value")
-        attended = write_attention(q, k, v, mask, past, [f"present.{index}.key", f"present.{index}.value"])
+        present = [f"present.{index}.key", f"present.{index}.value"]
+        if cache.quantized:
+            rows = (write_cached(x, cache, *names) for x, *names in zip((k, v), past, present, strict=True))
+            attended = write_attention_over(q, *rows, mask)
+        else:
+            attended = write_attention(q, k, v, mask, past, present)
         x = arch.attention_out(config, ops, x, attended)
     graph.scope = "head"
     ops = OnnxOps(config, target, {"lm_head": checkpoint.linear("lm_head")}, checkpoint.head_floats())

@@ -29,7 +29,7 @@ def write_rows(graph: OnnxGraph, checkpoint: QuantizedCheckpoint, target: Target
         return Operand.of(graph, graph.node("Gather", [tables[FLOATS], ids.value], "embed_tokens"), shape)
     if tables:
         rows = graph.node("Gather", [tables[CODES], ids.value], "embed_tokens.rows")
-        codes = _apart(graph, rows, shape[-1]) if embedding.bits == 4 else rows
+        codes = _apart(graph, rows, shape[-1], embedding.bits) if embedding.bits < 8 else rows
         scales = graph.node("Gather", [tables[SCALES], ids.value], "embed_tokens.steps")
     else:
         codes, scales = _from_head(graph, head, ids.value, stored_bits)
@@ -46,22 +46,28 @@ def write_rows(graph: OnnxGraph, checkpoint: QuantizedCheckpoint, target: Target
 def stored_tables(embedding: QuantizedEmbedding, head: QuantizedLinear, stored_bits: int) -> dict[str, np.ndarray]:
     """The embedding's own tensors in the file by name, none when it shares the head's.
 
-    int4 codes lie in uint8 [V, D / 2], two in each, the first in the low bits.
+    Codes of 4 and 2 bits lie in uint8 [V, D / 2] and [V, D / 4], two and four in each, the first in the low bits.
     """
     if embedding.scales is None:
         return {FLOATS: embedding.codes.float().numpy()}
     if is_shared(embedding, head, stored_bits):
         return {}
     codes = embedding.codes.numpy()
-    if embedding.bits == 4:
-        nibbles = codes.astype(np.uint8) & 15
-        codes = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    if embedding.bits < 8:
+        codes = packed(codes, embedding.bits)
     return {CODES: codes, SCALES: embedding.scales.float().numpy()}
 
 
+def packed(codes_VD: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [V, D * bits / 8] of codes in two's complement, the first of a byte in its low bits."""
+    parts = codes_VD.astype(np.uint8) & ((1 << bits) - 1)
+    count = 8 // bits
+    return np.bitwise_or.reduce([parts[:, place::count] << bits * place for place in range(count)])
+
+
 def is_shared(embedding: QuantizedEmbedding, head: QuantizedLinear, stored_bits: int) -> bool:
-    """Whether one tensor can be both: same codes, same scales, same bits in the file, float rows excluded."""
-    same_form = embedding.bits == stored_bits and embedding.group == head.spec.weight.group
+    """Whether one tensor can be both: same codes, same scales, same bits in the file, float and 2-bit rows excluded."""
+    same_form = embedding.bits == stored_bits != 2 and embedding.group == head.spec.weight.group
     return (
         same_form
         and embedding.scales is not None
@@ -89,15 +95,21 @@ def _from_head(graph: OnnxGraph, head: QuantizedLinear, ids: str, stored_bits: i
     return codes, graph.node("Gather", [rows, ids], "embed_tokens.steps")
 
 
-def _apart(graph: OnnxGraph, pairs: str, width: int) -> str:
-    """Rows of uint8 with two codes each: int8 codes [B, T, D]."""
-    byte = {number: graph.constant(np.array(number, np.uint8), "byte") for number in (4, 8, 15)}
-    low = graph.node("BitwiseAnd", [pairs, byte[15]], "embed_tokens.low")
-    high = graph.node("BitShift", [pairs, byte[4]], "embed_tokens.high", direction="RIGHT")
-    columns = [graph.node("Unsqueeze", [half, graph.integers(-1)], "embed_tokens.half") for half in (low, high)]
-    both = graph.node("Concat", columns, "embed_tokens.both", axis=-1)
-    flat = graph.node("Reshape", [both, graph.integers(0, 0, width)], "embed_tokens.unsigned")
-    # Codes of -8 to -1 are stored as 8 to 15: (u ^ 8) - 8 in two's complement.
-    turned = graph.node("BitwiseXor", [flat, byte[8]], "embed_tokens.turned")
+def _apart(graph: OnnxGraph, bytes_: str, width: int, bits: int) -> str:
+    """Rows of uint8 with two codes of 4 bits, or four of 2, each: int8 codes [B, T, D]."""
+    mask, middle, shifts = (1 << bits) - 1, 1 << bits - 1, range(bits, 8, bits)
+    byte = {number: graph.constant(np.array(number, np.uint8), "byte") for number in sorted({*shifts, middle, mask})}
+    names = ["low", *["middle"] * (len(shifts) - 1), "high"]
+    parts = [graph.node("BitwiseAnd", [bytes_, byte[mask]], "embed_tokens.low")]
+    for name, shift in zip(names[1:], shifts, strict=True):
+        part = graph.node("BitShift", [bytes_, byte[shift]], f"embed_tokens.{name}", direction="RIGHT")
+        last = shift + bits == 8
+        parts.append(part if last else graph.node("BitwiseAnd", [part, byte[mask]], f"embed_tokens.{name}"))
+    columns = [graph.node("Unsqueeze", [part, graph.integers(-1)], "embed_tokens.half") for part in parts]
+    all_ = graph.node("Concat", columns, "embed_tokens.both", axis=-1)
+    flat = graph.node("Reshape", [all_, graph.integers(0, 0, width)], "embed_tokens.unsigned")
+    # Negative codes are stored as what they are more than 2^bits: (u ^ m) - m in two's complement.
+    turned = graph.node("BitwiseXor", [flat, byte[middle]], "embed_tokens.turned")
     signed = graph.node("Cast", [turned], "embed_tokens.shifted", to=TensorProto.INT8)
-    return graph.node("Sub", [signed, graph.constant(np.array(8, np.int8), "eight")], "embed_tokens.signed")
+    name = {4: "eight", 2: "two"}[bits]
+    return graph.node("Sub", [signed, graph.constant(np.array(middle, np.int8), name)], "embed_tokens.signed")

@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from afq_export.arch.config import DecoderConfig
-from afq_export.lower.onnx.decoder import BATCH, MASKED, SEQUENCE, write_attention, write_norm, write_rotation
+from afq_export.lower.onnx.decoder import (
+    BATCH,
+    MASKED,
+    SEQUENCE,
+    write_attention,
+    write_attention_over,
+    write_norm,
+    write_rotation,
+)
 from afq_export.lower.onnx.graph import OnnxGraph
+from afq_export.lower.onnx.hadamard import write_hadamard
 from afq_export.lower.onnx.operand import Operand, Shape, activate
 from afq_export.lower.onnx.parts import Part, part_model
 from afq_export.lower.onnx.probe import linears_model
@@ -23,12 +32,15 @@ LINEARS = 16
 
 
 class OnnxFloatParts:
-    """`validate.rungs.FloatParts` of a file with opset `opset` for `target` that is run with `options`."""
+    """`validate.rungs.FloatParts` of a file with opset `opset` for `target` that is run with `options`.
+
+    `kept`: attention itself keeps keys and values; a quantized cache gives it all of them in every call.
+    """
 
     name = "onnxruntime"
 
-    def __init__(self, opset: int, target: TargetProfile, options: RunOptions) -> None:
-        self.opset, self.target, self.options = opset, target, options
+    def __init__(self, opset: int, target: TargetProfile, options: RunOptions, kept: bool = True) -> None:
+        self.opset, self.target, self.options, self.kept = opset, target, options, kept
         self._parts: dict[tuple, Part] = {}
         self._linears: dict[str, Part] = {}
 
@@ -69,26 +81,50 @@ class OnnxFloatParts:
         part = self._part(("activation", x.shape[-1]), x, {}, lambda x: activate(config.activation, x))
         return _run(part, x)
 
+    def hadamard(self, x: Tensor, size: int) -> Tensor:
+        part = self._part(("hadamard", size), x, {}, lambda x: write_hadamard(x, size))
+        return _run(part, x).view(x.shape)
+
     def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         return torch.stack([self._attend(*window) for window in zip(q_BTHd, k_BTKd, v_BTKd, strict=True)])
 
     def _attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         """One sequence, in the calls that a session makes of it."""
         heads, width, kv_heads = *q_THd.shape[1:], k_TKd.shape[1]
+        if not self.kept:
+            return self._attend_over(q_THd, k_TKd, v_TKd)
         part = self._attention(heads, kv_heads, width)
         cache = {name: np.zeros((1, kv_heads, 0, width), np.float32) for name in ("past.key", "past.value")}
         rows = []
         for q, k, v in zip(
             *(tensor.flatten(1).split(self.options.prefill) for tensor in (q_THd, k_TKd, v_TKd)), strict=True
         ):
-            past, tokens = cache["past.key"].shape[2], len(q)
-            seen = np.arange(past + tokens)[None] <= np.arange(past, past + tokens)[:, None]
-            mask = np.where(seen, np.float32(0), np.float32(MASKED))[None, None]
+            mask = _mask(cache["past.key"].shape[2], len(q))
             given = {name: tensor[None].numpy() for name, tensor in (("q", q), ("k", k), ("v", v))}
             y, *present = part(**given, mask=mask, **cache)
             cache = dict(zip(cache, present, strict=True))
             rows.append(torch.from_numpy(y[0]))
         return torch.cat(rows).view(q_THd.shape)
+
+    def _attend_over(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        """The same where every call is given the keys and values of all tokens up to its last."""
+        (heads, width), kv_heads = q_THd.shape[1:], k_TKd.shape[1]
+        key = ("attention over", heads, kv_heads, width)
+        if key not in self._parts:
+            graph, flat = OnnxGraph(), (BATCH, SEQUENCE, heads * width)
+            q = Operand.of(graph, "q", flat).view(BATCH, SEQUENCE, heads, width)
+            y = write_attention_over(q, "keys", "values", "mask")
+            inputs: dict[str, Shape] = {"q": flat, "mask": (BATCH, 1, SEQUENCE, "total")}
+            inputs |= dict.fromkeys(("keys", "values"), (BATCH, kv_heads, "total", width))
+            self._parts[key] = Part(part_model(graph, inputs, {y.value: y.stored}, self.opset), self.options)
+        keys, values = (tensor.transpose(0, 1)[None].numpy() for tensor in (k_TKd, v_TKd))
+        rows, past = [], 0
+        for q in q_THd.flatten(1).split(self.options.prefill):
+            end, mask = past + len(q), _mask(past, len(q))
+            given = {"q": q[None].numpy(), "keys": keys[:, :, :end], "values": values[:, :, :end], "mask": mask}
+            rows.append(torch.from_numpy(self._parts[key](**given)[0][0]))
+            past = end
+        return torch.cat(rows)
 
     def _attention(self, heads: int, kv_heads: int, width: int) -> Part:
         key = ("attention", heads, kv_heads, width)
@@ -125,6 +161,12 @@ class OnnxFloatParts:
             model = part_model(graph, {"x": shape} | inputs, {y.value: y.stored}, self.opset, integers)
             self._parts[key] = Part(model, self.options)
         return self._parts[key]
+
+
+def _mask(past: int, tokens: int) -> np.ndarray:
+    """float32 [1, 1, T, past + T]: what `decoder.write_mask` gives for tokens that stand after `past` others."""
+    seen = np.arange(past + tokens)[None] <= np.arange(past, past + tokens)[:, None]
+    return np.where(seen, np.float32(0), np.float32(MASKED))[None, None]
 
 
 def _run(part: Part, x: Tensor, **more: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from collections.abc import Mapping
 
 from afq_export.arch.config import DecoderConfig
 from afq_export.errors import InputError
+from afq_export.quantize.cache import row_size
+from afq_export.spec.recipe import FLOAT_CACHE, KvCache
 
 GENAI_CONFIG = "genai_config.json"
 """The file's name in the bundle."""
@@ -43,7 +45,9 @@ ENTRY = re.compile(r"[a-z0-9_]+(\.[A-Za-z0-9_]+)+")
 """A configuration entry of ONNX Runtime: `session.x64quantprecision`, `ep.dynamic.workload_type`."""
 
 
-def genai_config(config: DecoderConfig, context: int, session: Mapping[str, str | int]) -> str:
+def genai_config(
+    config: DecoderConfig, context: int, session: Mapping[str, str | int], kv_cache: KvCache = FLOAT_CACHE
+) -> str:
     """The text of genai_config.json for a graph whose sequences have `context` tokens at most.
 
     `session`: `graph_optimization_level` (`basic` or `ORT_ENABLE_BASIC`, and so on), numbers of threads, and
@@ -62,7 +66,7 @@ def genai_config(config: DecoderConfig, context: int, session: Mapping[str, str 
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **session_options(session)},
         "filename": "model.onnx",
-        "head_size": config.head_dim,
+        "head_size": row_size(kv_cache, config.head_dim),  # of the caches, which GenAI makes: nothing else asks
         "hidden_size": config.hidden,
         "inputs": inputs | {f"past_{kind}_names": f"past_key_values.%d.{kind}" for kind in ("key", "value")},
         "outputs": {"logits": "logits"} | {f"present_{kind}_names": f"present.%d.{kind}" for kind in ("key", "value")},

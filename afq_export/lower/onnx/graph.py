@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx.external_data_helper import save_external_data, set_external_data
 
 Written = TypeVar("Written")
 
 SHARED_BYTES = 1024
 """Constants up to this size are looked up by their content, so that equal ones are one tensor."""
+SMALL = 1024
+"""Bytes of a tensor that stays in the file when the others go beside it."""
 
 
 class OnnxGraph:
     """Collects nodes and initializers. Value names are unique; a node is named after the first value it gives.
 
-    `scope` is the part of the model that is being written: it stands in front of names that nobody chose.
+    `scope` is the part of the model that is being written: it stands in front of names that nobody chose. With
+    `beside`, tensors are written to that file as they come and only their places are kept in memory.
     """
 
-    def __init__(self, scope: str = "model") -> None:
-        self.scope = scope
+    def __init__(self, scope: str = "model", beside: Path | None = None) -> None:
+        self.scope, self.beside = scope, beside
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self._constants: dict[tuple, str] = {}
@@ -50,7 +55,7 @@ class OnnxGraph:
         """An initializer called `name`. The same name twice is the same tensor."""
         if name not in self.initializers:
             self._taken.add(name)
-            self.initializers[name] = numpy_helper.from_array(array, name)
+            self.initializers[name] = self._stored(numpy_helper.from_array(array, name))
         return name
 
     def constant(self, array: np.ndarray, name: str = "constant") -> str:
@@ -67,6 +72,15 @@ class OnnxGraph:
     def scalar(self, value: int) -> str:
         """A constant int64 without dimensions."""
         return self.constant(np.array(value, np.int64), "number")
+
+    def _stored(self, tensor: TensorProto) -> TensorProto:
+        """The tensor itself, or where it now stands in the file `beside`."""
+        if self.beside is None or len(tensor.raw_data) < SMALL:
+            return tensor
+        set_external_data(tensor, self.beside.name)
+        save_external_data(tensor, str(self.beside.parent))
+        tensor.ClearField("raw_data")
+        return tensor
 
     def _unique(self, name: str) -> str:
         found, count = name, 1

@@ -6,14 +6,19 @@ position_ids     int64   [batch, sequence]                   with rotary positio
 past_key_values.<i>.key, .value  float32 [batch, K, past, d]
 logits           float32 [batch, sequence, V]
 present.<i>.key, .value          float32 [batch, K, total, d]
+
+A quantized cache is uint8 [batch, K, past or total, R] instead: rows of bytes (cache.py).
 """
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from afq_export.arch.config import DecoderConfig
+from afq_export.quantize.cache import quantize_cache, row_size
 from afq_export.runtime.library import quiet
+from afq_export.spec.recipe import FLOAT_CACHE, KvCache
 
 with quiet():
     from optimum.exporters.base import ExporterConfig
@@ -71,11 +76,11 @@ def described(config: DecoderConfig) -> PretrainedConfig:
     )
 
 
-def shapes(config: DecoderConfig) -> tuple[dict[str, tuple], dict[str, tuple]]:
+def shapes(config: DecoderConfig, kv_cache: KvCache = FLOAT_CACHE) -> tuple[dict[str, tuple], dict[str, tuple]]:
     """Shape of every input and of every output, dynamic sizes by name."""
     exporter = DecoderExporterConfig.of(config)
     sizes = {"input_ids": 2, "attention_mask": 2, "position_ids": 2, "logits": (0, 0, config.vocab)}
-    cache = (0, config.kv_heads, 0, config.head_dim)
+    cache = (0, config.kv_heads, 0, row_size(kv_cache, config.head_dim))
 
     def shape(name: str, axes: dict[int, str]) -> tuple:
         known = sizes.get(name, cache)
@@ -86,7 +91,9 @@ def shapes(config: DecoderConfig) -> tuple[dict[str, tuple], dict[str, tuple]]:
     return {n: shape(n, a) for n, a in inputs.items()}, {n: shape(n, a) for n, a in outputs.items()}
 
 
-def dummy_inputs(config: DecoderConfig, batch: int, sequence: int, past: int) -> dict[str, np.ndarray]:
+def dummy_inputs(
+    config: DecoderConfig, batch: int, sequence: int, past: int, kv_cache: KvCache = FLOAT_CACHE
+) -> dict[str, np.ndarray]:
     """Inputs of these sizes from optimum's generators: random ids, random keys and values, nothing masked."""
     normalized, task = DecoderExporterConfig.normalized(described(config)), "text-generation"
     text = DummyTextInputGenerator(task, normalized, batch_size=batch, sequence_length=sequence)
@@ -97,5 +104,8 @@ def dummy_inputs(config: DecoderConfig, batch: int, sequence: int, past: int) ->
         found["position_ids"] = np.broadcast_to(np.arange(past, past + sequence), (batch, sequence)).copy()
     for index, layer in enumerate(cache.generate("past_key_values", framework="np", float_dtype="fp32")):
         for kind, array in zip(("key", "value"), layer, strict=True):
-            found[f"past_key_values.{index}.{kind}"] = np.asarray(array, np.float32)
+            rows = np.asarray(array, np.float32)
+            if kv_cache.quantized:
+                rows = quantize_cache(torch.from_numpy(rows), kv_cache).packed(kv_cache.bits).numpy()
+            found[f"past_key_values.{index}.{kind}"] = rows
     return found

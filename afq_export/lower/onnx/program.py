@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, helper
+from onnx.external_data_helper import load_external_data_for_model
 
 from afq_export.errors import InputError, VerdictError
+from afq_export.lower.onnx.cache import OPSET as CACHE_OPSET
 from afq_export.lower.onnx.decoder import rotary_tables, write_decoder
 from afq_export.lower.onnx.embedding import stored_tables
+from afq_export.lower.onnx.hadamard import MATRIX, stored_matrix
 from afq_export.lower.onnx.interface import shapes
-from afq_export.lower.onnx.linears import STORED
-from afq_export.lower.onnx.readback import OnnxContent, read_onnx
+from afq_export.lower.onnx.linears import STORED, stored_group, stored_scales
+from afq_export.lower.onnx.readback import INTEGER, OnnxContent, read_onnx
 from afq_export.lower.stored import StoredLinear, difference
 from afq_export.progress import Progress
 from afq_export.quantize.assign import HEAD, session_options
@@ -25,8 +28,6 @@ MODEL, EXTERNAL = "model.onnx", "model.onnx.data"
 SESSION = "session_options"
 CONTEXT = "context_length"
 """Keys of metadata_props."""
-SMALL = 1024
-"""Bytes of a tensor that stays in the file when the others go beside it."""
 MEGABYTE = 1_000_000
 FIRST_OPSET, LAST_OPSET = 23, 26
 FIRST_IR, LAST_IR = 11, 13
@@ -40,9 +41,12 @@ def lower_onnx(
 
     Raises InputError for what the runtime does not take, VerdictError when the finished file is not the checkpoint.
     """
-    model = build(checkpoint, target, provenance, progress)
-    path = folder / MODEL
-    save(model, path, target)
+    path, beside = folder / MODEL, folder / EXTERNAL
+    model = build(checkpoint, target, provenance, progress, beside)
+    if beside.exists() and beside.stat().st_size <= target.onnx.external_data_mb * MEGABYTE:
+        load_external_data_for_model(model, str(folder))
+        beside.unlink()
+    onnx.save(model, path)
     del model
     try:
         onnx.checker.check_model(path, full_check=True)
@@ -56,18 +60,21 @@ def lower_onnx(
 
 
 def build(
-    checkpoint: QuantizedCheckpoint, target: TargetProfile, provenance: dict[str, str], progress: Progress
+    checkpoint: QuantizedCheckpoint,
+    target: TargetProfile,
+    provenance: dict[str, str],
+    progress: Progress,
+    beside: Path | None = None,
 ) -> ModelProto:
-    """The model in memory."""
+    """The model in memory, its tensors in the file `beside` when one is named (see OnnxGraph)."""
     config = checkpoint.config
-    graph = write_decoder(checkpoint, target, context_length(checkpoint, target), progress)
-    inputs, outputs = shapes(config)
-    integers = {"input_ids", "attention_mask", "position_ids"}
+    graph = write_decoder(checkpoint, target, context_length(checkpoint, target), progress, beside)
+    inputs, outputs = shapes(config, checkpoint.kv_cache)
+    kinds = dict.fromkeys(("input_ids", "attention_mask", "position_ids"), TensorProto.INT64)
+    kinds["logits"] = TensorProto.FLOAT
+    cached = TensorProto.UINT8 if checkpoint.kv_cache.quantized else TensorProto.FLOAT
     values = [
-        [
-            helper.make_tensor_value_info(name, TensorProto.INT64 if name in integers else TensorProto.FLOAT, shape)
-            for name, shape in side.items()
-        ]
+        [helper.make_tensor_value_info(name, kinds.get(name, cached), shape) for name, shape in side.items()]
         for side in (inputs, outputs)
     ]
     made = helper.make_graph(graph.nodes, "decoder", *values, initializer=list(graph.initializers.values()))
@@ -84,26 +91,16 @@ def build(
     return model
 
 
-def save(model: ModelProto, path: Path, target: TargetProfile) -> None:
-    """Writes the model; beyond the target's limit its tensors go to model.onnx.data."""
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
-    if size <= target.onnx.external_data_mb * MEGABYTE:
-        onnx.save(model, path)
-        return
-    onnx.save(
-        model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=EXTERNAL, size_threshold=SMALL
-    )
-
-
 def context_length(checkpoint: QuantizedCheckpoint, target: TargetProfile) -> int:
     """The longest sequence: the smaller of the target's and the model's."""
     return min(target.shapes.context, checkpoint.config.max_positions)
 
 
 def opset_of(checkpoint: QuantizedCheckpoint, target: TargetProfile) -> int:
-    """The target's opset, or a later one when a kernel's types need it."""
+    """The target's opset, or a later one when a kernel's types or a quantized cache need it."""
     kernels = (target.kernel(record.kernel) for record in checkpoint.records.values())
-    return max(target.onnx.opset, *(kernel.opset for kernel in kernels))
+    cache = CACHE_OPSET if checkpoint.kv_cache.quantized else 0
+    return max(target.onnx.opset, cache, *(kernel.opset for kernel in kernels))
 
 
 def verify(checkpoint: QuantizedCheckpoint, target: TargetProfile, content: OnnxContent) -> None:
@@ -123,16 +120,16 @@ def verify(checkpoint: QuantizedCheckpoint, target: TargetProfile, content: Onnx
 
 def _expected(linear: QuantizedLinear, target: TargetProfile) -> StoredLinear:
     """What the file must hold of a linear."""
-    kernel, group = target.kernel(linear.record.kernel), linear.spec.weight.group
-    stored = np.dtype(STORED[kernel.stored_bits])
+    kernel = target.kernel(linear.record.kernel)
+    group, stored = stored_group(linear.spec, kernel), np.dtype(STORED[kernel.stored_bits])
     kind = f"{stored}{f' in blocks of {group}' if group else ''}"
     if kernel.arithmetic == "onnxruntime.dynamic_per_token":
-        kind = "MatMulInteger"
+        kind = INTEGER[kernel.activation_bits]
     bias = None if linear.bias is None else linear.bias.float().numpy()
     return StoredLinear(
         kind,
         linear.codes.numpy(),
-        linear.scales.float().numpy(),
+        stored_scales(linear, kernel),
         bias,
         linear.record.input,
         linear.record.output,
@@ -146,6 +143,8 @@ def _others(checkpoint: QuantizedCheckpoint, target: TargetProfile) -> dict[str,
     found |= {name: tensor.float().numpy() for name, tensor in checkpoint.embedding_floats().items()}
     if config.rope:
         found |= rotary_tables(config, context_length(checkpoint, target))
+    if config.down_hadamard:
+        found[MATRIX] = stored_matrix(config.down_hadamard)
     for index in range(checkpoint.config.layers):
         found |= {f"blocks.{index}.{n}": t.float().numpy() for n, t in checkpoint.block_floats(index).items()}
     return found | {f"head.{name}": tensor.float().numpy() for name, tensor in checkpoint.head_floats().items()}

@@ -75,7 +75,8 @@ def decoder_checkpoint(
     grid = head.spec.weight
     if config.tied and (grid.bits, grid.group) == (embedding.bits, embedding.group):
         head = dataclasses.replace(head, codes=embedding.codes.clone(), scales=embedding.scales.clone())
-    return write_checkpoint(folder, config, blocks, embedding, QuantizedPart((head,), outer), {})
+    outer_part = QuantizedPart((head,), outer)
+    return write_checkpoint(folder, config, blocks, embedding, outer_part, {}, kv_cache=recipe.kv_cache)
 
 
 def linear_of(record: LinearRecord, random: torch.Generator) -> QuantizedLinear:
@@ -178,6 +179,8 @@ CASES: dict[str, tuple[DecoderConfig, str, tuple[str, ...]]] = {
     "llama, weights only": (decoder_config(kv_heads=1), "w4a16-g32", ()),
     "llama, 2 bits": (decoder_config(head_dim=16, kv_heads=4, vocab=100), "w2a16-g64", ()),
     "llama, 3 bits": (decoder_config(), "w3a16-g128", ()),
+    "llama, rows of 4 bits": (decoder_config(intermediate=300), "w4a16", ()),
+    "llama, 4-bit inputs": (decoder_config(kv_heads=1), "w4a4", ()),
     "llama, requantized": (decoder_config(), "w8a8-static", STATIC_OUTPUT),
     "qwen2": (decoder_config("qwen2"), "w8a8-static", ()),
     "qwen2, groups": (decoder_config("qwen2", layers=1), "w4a8-g32", ()),
@@ -187,7 +190,10 @@ CASES: dict[str, tuple[DecoderConfig, str, tuple[str, ...]]] = {
     "opt, static": (decoder_config("opt"), "w8a8-static", ()),
     "opt, gelu, groups": (decoder_config("opt", activation="gelu", layers=1), "w4a8-g32", ()),
     "opt, gelu of tanh": (decoder_config("opt", activation="gelu_tanh", layers=1), "w8a8-static", ()),
+    "llama, cache of 8 bits": (decoder_config(kv_heads=1), "w8a8-dynamic", ("kv_cache.bits=8",)),
+    "opt, cache of 4 bits": (decoder_config("opt", layers=1), "w4a8", ("kv_cache.bits=4", "kv_cache.group=8")),
     "opt, float rows": (decoder_config("opt", layers=1), "w4a8", ("embedding.bits=32",)),
+    "llama, Hadamard matrices": (decoder_config(kv_heads=1, down_hadamard=32), "w8a8-static", ()),
 }
 """Name -> configuration, scheme and changes of the recipe: all families, head shapes, kernels and embeddings."""
 

@@ -29,6 +29,8 @@ from tests.lower.onnx.decoders import Lowered, decoder_config, lowered, random_i
 APART: dict[str, tuple[str, tuple[str, ...]]] = {
     "int8 in groups of 16": ("w8a8-dynamic", ("embedding.group=16",)),
     "int4": ("w8a8-dynamic", ("embedding.bits=4",)),
+    "int2": ("w8a8-dynamic", ("embedding.bits=2",)),
+    "int2 in groups of 16": ("w8a8-dynamic", ("embedding.bits=2", "embedding.group=16")),
     "int4 in groups, a head per row": ("w4a8-g32", ("embedding.bits=4", "embedding.group=32")),
     "int4, a head of 4 bits per row": ("w4a8", ("embedding.bits=4", "head.bits=4")),
     "float": ("w4a16-g32", ("embedding.bits=32",)),
@@ -68,8 +70,9 @@ def test_rows_are_the_checkpoints_bit_for_bit(case: str, tied: bool, tmp_path: P
     file = made(tmp_path, *(APART | SHARED)[case], tied)
     embedding = file.checkpoint.embedding()
     assert is_shared(embedding, file.checkpoint.linear(HEAD), stored_bits(file)) == (tied and case in SHARED)
-    if embedding.bits == 4:
-        assert set(embedding.codes.flatten().tolist()) == set(range(-8, 8))
+    if embedding.bits < 8:
+        middle = 1 << embedding.bits - 1
+        assert set(embedding.codes.flatten().tolist()) == set(range(-middle, middle))
     ids = torch.randperm(file.config.vocab, generator=torch.Generator().manual_seed(0)).view(2, -1).numpy()
     model, expected = rows_model(file.checkpoint, file.target), embedding.dequantized().numpy()[ids]
     for arrays in (Part(model, file.options)(input_ids=ids), ReferenceEvaluator(model).run(None, {"input_ids": ids})):

@@ -20,6 +20,7 @@ from afq_export.load.config import read_config
 from afq_export.load.tokenizer import load_folder_tokenizer
 from afq_export.lower.bundle import Bundle
 from afq_export.lower.onnx.genai import GENAI_CONFIG, genai_config, session_options
+from afq_export.spec.recipe import KvCache
 from tests.checkpoints import small_config
 
 LEVEL = "session.qdq_matmulnbits_accuracy_level"
@@ -38,6 +39,12 @@ def written(kind: str = "llama", session: dict[str, str] | None = None, **change
 
 
 # What is in the file
+
+
+def test_the_size_of_a_head_is_that_of_the_caches_rows() -> None:
+    """GenAI makes caches of that size in the type of the graph's input: bytes of codes and their grid."""
+    text = genai_config(small_config(), 48, {}, KvCache(8))
+    assert json.loads(text)["model"]["decoder"]["head_size"] == 32 + 8
 
 
 def test_names_and_sizes_are_the_graphs() -> None:

@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from afq_export.errors import InputError
 from afq_export.lower.onnx.interface import DecoderExporterConfig, described, dummy_inputs, shapes
-from afq_export.lower.onnx.linears import STORED
+from afq_export.lower.onnx.linears import STORED, stored_scales
 from afq_export.lower.onnx.program import MODEL, build, context_length, lower_onnx, opset_of, require_opset
 from afq_export.progress import silent
 from afq_export.quantize.assign import session_options
@@ -45,8 +45,9 @@ def test_the_checker_takes_the_file_and_every_operator_is_standard(case: Lowered
 def test_opset_and_ir_version_are_the_targets_or_what_two_bits_need(case: Lowered) -> None:
     model = onnx.load(case.path)
     needed = max(case.target.kernel(record.kernel).opset for record in case.checkpoint.records.values())
+    needed = 26 if case.checkpoint.kv_cache.quantized else needed  # BitCast
     assert model.opset_import[0].version == max(case.target.onnx.opset, needed) == case.content.opset
-    assert model.ir_version == (13 if needed == 25 else case.target.onnx.ir_version)
+    assert model.ir_version == (13 if needed >= 25 else case.target.onnx.ir_version)
 
 
 def test_nothing_of_this_machine_is_in_the_file(case: Lowered) -> None:
@@ -75,14 +76,15 @@ def test_every_tensor_is_named_after_its_layer(case: Lowered) -> None:
         codes = stored.pop(f"{name}.codes")
         assert tuple(codes.dims) == (spec.inputs, spec.outputs)
         assert codes.data_type == onnx.helper.np_dtype_to_tensor_dtype(np.dtype(STORED[kernel.stored_bits]))
-        assert len(stored.pop(f"{name}.scales").raw_data) == 4 * spec.outputs * spec.groups
+        assert len(stored.pop(f"{name}.scales").raw_data) == stored_scales(case.checkpoint.linear(name), kernel).nbytes
         assert (stored.pop(f"{name}.bias", None) is not None) == spec.bias
         stored.pop(f"{name}.zero_points", None)
     nobodys = {
         name: len(t.raw_data) for name, t in stored.items() if not name.startswith(("blocks.", "head.", "embed"))
     }
-    rope = {"rope.cos", "rope.sin"} if case.config.rope else set()
-    assert {name for name, size in nobodys.items() if size > SMALL_CONSTANT} == rope
+    tables = {"rope.cos", "rope.sin"} if case.config.rope else set()
+    tables |= {"hadamard"} if case.config.down_hadamard else set()
+    assert {name for name, size in nobodys.items() if size > SMALL_CONSTANT} == tables
     assert all(node.name == node.output[0] for node in model.graph.node)
 
 
@@ -91,7 +93,7 @@ def test_inputs_and_outputs_are_those_of_the_interface(case: Lowered) -> None:
     exporter, inside = DecoderExporterConfig.of(case.config), case.inside
     for values, ours, axes in zip(
         (inside.get_inputs(), inside.get_outputs()),
-        shapes(case.config),
+        shapes(case.config, case.checkpoint.kv_cache),
         (exporter.inputs, exporter.outputs),
         strict=True,
     ):
@@ -100,7 +102,9 @@ def test_inputs_and_outputs_are_those_of_the_interface(case: Lowered) -> None:
         for name, shape in ours.items():
             assert {axis: size for axis, size in enumerate(shape) if isinstance(size, str)} == axes[name]
         integers = {"input_ids", "attention_mask", "position_ids"}
-        assert all(value.type == f"tensor({'int64' if value.name in integers else 'float'})" for value in values)
+        kinds = dict.fromkeys(integers, "int64") | {"logits": "float"}
+        cached = "uint8" if case.checkpoint.kv_cache.quantized else "float"
+        assert all(value.type == f"tensor({kinds.get(value.name, cached)})" for value in values)
     assert ("position_ids" in exporter.inputs) == (case.config.rope is not None)
 
 
@@ -115,10 +119,10 @@ def test_optimum_reads_the_sizes(case: Lowered) -> None:
 @given(batch=st.integers(1, 3), sequence=st.integers(1, 5), past=st.integers(0, 4))
 def test_it_runs_with_optimums_dummy_inputs(case: Lowered, batch: int, sequence: int, past: int) -> None:
     config = case.config
-    given = dummy_inputs(config, batch, sequence, past)
+    given = dummy_inputs(config, batch, sequence, past, case.checkpoint.kv_cache)
     found = case.run(given)
     sizes = {"batch": batch, "sequence": sequence, "past": past, "total": past + sequence}
-    for side, arrays in zip(shapes(config), (given, found), strict=True):
+    for side, arrays in zip(shapes(config, case.checkpoint.kv_cache), (given, found), strict=True):
         assert {n: tuple(sizes.get(size, size) for size in shape) for n, shape in side.items()} == {
             name: array.shape for name, array in arrays.items()
         }

@@ -13,12 +13,14 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from afq_export.errors import InputError, VerdictError
 from afq_export.lower.onnx.coverage import REASONS, coverage_of
+from afq_export.lower.onnx.linears import stored_scales
 from afq_export.lower.onnx.program import verify
 from afq_export.lower.onnx.readback import read_model, read_onnx
 from tests.checkpoints import INPUT, OUTPUT
 from tests.lower.onnx.decoders import CASES, Decoders, Lowered
 
 DYNAMIC, STATIC, REQUANTIZED, BLOCKS = "qwen3", "qwen2", "llama, requantized", "qwen2, groups"
+A4, ROWS4 = "llama, 4-bit inputs", "llama, rows of 4 bits"
 WEIGHT_ONLY, ALL4, OPT, ROWS32 = "llama, weights only", "mistral, all in 4 bits, tied", "opt, static", "opt, float rows"
 
 
@@ -33,7 +35,7 @@ def test_integers_read_back_are_the_checkpoints(case: Lowered) -> None:
     for name, found in content.linears.items():
         ours = case.checkpoint.linear(name)
         assert np.array_equal(found.codes, ours.codes.numpy()), name
-        assert np.array_equal(found.scales, ours.scales.numpy()), name
+        assert np.array_equal(found.scales, stored_scales(ours, case.target.kernel(ours.record.kernel))), name
         assert found.codes.dtype == np.int8
         assert (found.bias is None) == (ours.bias is None)
         assert ours.bias is None or np.array_equal(found.bias, ours.bias.numpy())
@@ -56,7 +58,7 @@ def test_linears_with_one_input_share_its_codes(case: Lowered) -> None:
     operators, records = case.content.operators, case.checkpoint.records
     inputs = {"llama": 4, "opt": 4}[case.config.family] * case.config.layers
     kernels = [record.kernel for record in records.values()]
-    tokens = kernels.count("MatMulInteger")
+    tokens = sum(kernel.startswith("MatMulInteger") and kernel != "MatMulIntegerToFloat" for kernel in kernels)
     assert operators.get("MatMulInteger", 0) == tokens
     if tokens == len(kernels):
         assert operators["ReduceMax"] == inputs + 1, "and the head's"
@@ -109,6 +111,7 @@ FAULTS: dict[str, tuple[str, Callable[[ModelProto], None], str, str]] = {
     "a code, int2": ("llama, 2 bits", changed("blocks.1.k_proj.codes"), "blocks.1.k_proj", "codes differ"),
     "a code of the head": (STATIC, changed("lm_head.codes"), "lm_head", "codes differ"),
     "a scale per row": (DYNAMIC, changed("blocks.0.gate_proj.scales"), "blocks.0.gate_proj", "scales differ"),
+    "a scale of a row in blocks": (ROWS4, changed("blocks.0.down_proj.scales"), "blocks.0.down_proj", "scales differ"),
     "a scale of a group": (WEIGHT_ONLY, changed("blocks.0.v_proj.scales"), "blocks.0.v_proj", "scales differ"),
     "a bias": (OPT, changed("blocks.1.fc1.bias"), "blocks.1.fc1", "bias differs"),
     "a bias behind blocks": (BLOCKS, changed("blocks.0.k_proj.bias"), "blocks.0.k_proj", "bias differs"),
@@ -120,6 +123,7 @@ FAULTS: dict[str, tuple[str, Callable[[ModelProto], None], str, str]] = {
     "a row's scale": (DYNAMIC, changed("embed_tokens.scales"), "embed_tokens.scales", "not there"),
     "a shared table": (ALL4, changed("lm_head.codes"), "lm_head", "codes differ"),
     "a position": (OPT, changed("embed_positions.weight"), "embed_positions.weight", "not there"),
+    "the Hadamard matrix": ("llama, Hadamard matrices", changed("hadamard"), "hadamard", "not there"),
     "a cosine": (DYNAMIC, changed("rope.cos"), "rope.cos", "not there"),
     "a sine": (DYNAMIC, changed("rope.sin"), "rope.sin", "not there"),
     "the grid of an input": (STATIC, changed("scale", 0), "blocks.0.q_proj", "input grid differs"),
@@ -238,6 +242,8 @@ STRUCTURE: dict[str, tuple[str, Callable[[ModelProto], None], str]] = {
     "zero points of tokens": (DYNAMIC, rewire(Q, 2, np.uint8(127)), rf"other zero points \[{Q}\]"),
     "a weight zero point of tokens": (DYNAMIC, rewire(Q, 3, np.int8(1)), rf"other zero points \[{Q}\]"),
     "fewer codes of tokens": (DYNAMIC, number("qmax", 63), rf"on another grid \[{Q}\]: .*63"),
+    "4-bit codes of tokens": (DYNAMIC, number("qmax", 7), rf"\[{Q}\]: kernel MatMulInteger on int4 inputs instead"),
+    "8-bit codes of tokens": (A4, number("qmax", 127), rf"\[{Q}\]: kernel MatMulInteger instead of .* int4 inputs"),
     "another middle": (DYNAMIC, number("middle", 127), rf"on another grid \[{Q}\]"),
     "another least range": (DYNAMIC, number("least", 1), rf"on another grid \[{Q}\]"),
     "steps of something else": (DYNAMIC, rewire(f"{TOKENS}.abs", 0, "embed_tokens"), rf"on another grid \[{Q}\]"),

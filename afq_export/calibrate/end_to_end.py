@@ -1,0 +1,301 @@
+"""After the blocks: the logits of the whole quantized model brought near the float model's.
+
+Block by block nobody sees what an error does to the logits in the end. The codes stand now; what is still free, and
+costs nothing at run time, is the scale of every weight group and the norms' gains. They are learned on the
+Kullback-Leibler divergence from the float model's next-token distributions, so no text is learned by heart
+(EfficientQAT's second phase, arXiv 2407.11062, section 3.3, E2E-QP, with a teacher where that has labels).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from afq_export.arch.config import DecoderConfig
+from afq_export.arch.decoder import block, embed, head
+from afq_export.arch.ops import FloatOps, Weights
+from afq_export.calibrate.activations import CPU, IN_MEMORY, ActivationStore, Rows
+from afq_export.calibrate.ops import QuantizedPathOps, Ranges, Records, matmuls_in, moved
+from afq_export.calibrate.result import BlockResult, Calibration, Tuned
+from afq_export.errors import InputError
+from afq_export.fold.folded import FoldedCheckpoint
+from afq_export.load.checkpoint import DecoderWeights
+from afq_export.progress import Progress
+from afq_export.quantize.assign import HEAD
+from afq_export.quantize.checkpoint import LinearRecord
+from afq_export.quantize.grid import clipped_scales, group_peaks, scale_codes
+from afq_export.quantize.quantize import quantize_block, quantize_embedding, quantize_linear
+from afq_export.spec.history import Tuning
+from afq_export.spec.quant import Granularity
+from afq_export.spec.recipe import EndToEnd, Recipe
+from afq_export.spec.target import TargetProfile
+
+HELD_OUT = 8
+"""One window in as many is not learned from: it says whether what was learned is kept."""
+MOST_HELD = 8
+"""Windows that are held out at most."""
+WARM_UP = 5
+"""Steps in which the learning rates rise; then they fall to 0 along a cosine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedBlock:
+    """A block's codes int8 [O, I] by role, which stand, and what is learned: a factor [O, G] on every scale, the
+    norms' tensors. `peaks` [O, G]: of the folded weights, that clipping factors refer to."""
+
+    config: DecoderConfig
+    records: Records
+    ranges: Ranges | None
+    codes: Mapping[str, Tensor]
+    peaks: Mapping[str, Tensor]
+    clips: Mapping[str, Tensor]
+    biases: Weights
+    factors: Mapping[str, Tensor]
+    gains: Mapping[str, Tensor]
+
+    def clip(self, role: str) -> Tensor:
+        """Clipping factors [O, G] as they are now."""
+        return self.clips[role] * self.factors[role]
+
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors of the block, the linears' on their grids; differentiable in what is learned."""
+        weights = {**self.biases, **self.gains}
+        for role, record in self.records.items():
+            spec = record.spec.weight
+            scales = clipped_scales(self.peaks[role], self.clip(role), spec)
+            weights[f"{role}.weight"] = scale_codes(self.codes[role], scales, spec)
+        return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _Student:
+    """The quantized model: token rows, blocks, last norm (learned) and head."""
+
+    config: DecoderConfig
+    recipe: Recipe
+    embedding: Weights
+    blocks: tuple[TunedBlock, ...]
+    norm: Mapping[str, Tensor]
+    head: Weights
+    head_record: LinearRecord
+
+    def weights(self) -> list[dict[str, Tensor]]:
+        """Of all blocks, and of the last norm."""
+        return [*(part.weights() for part in self.blocks), dict(self.norm)]
+
+    def logits(self, weights: Sequence[Weights], ids_BT: Tensor) -> Tensor:
+        """[B, T, V] with `weights` as `weights()` gives them."""
+        x = embed(self.config, self.embedding, ids_BT)
+        for part, of_block in zip(self.blocks, weights, strict=False):
+            x = block(self.config, self._ops(of_block, part.records, part.ranges), x)
+        return head(self._ops({**self.head, **weights[-1]}, {HEAD: self.head_record}, None), x)
+
+    def learned(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(factors, gains)."""
+        factors = [factor for part in self.blocks for factor in part.factors.values()]
+        gains = [gain for part in self.blocks for gain in part.gains.values()]
+        return factors, gains + list(self.norm.values())
+
+    def _ops(self, weights: Weights, records: Records, ranges: Ranges | None) -> QuantizedPathOps:
+        return QuantizedPathOps(self.config, weights, records, ranges, self.recipe.kv_cache)
+
+
+def refuse_end_to_end(recipe: Recipe, target: TargetProfile) -> None:
+    """Raises InputError where the target has every tensor on a grid: found before, for the scales that there were."""
+    if recipe.end_to_end.steps and target.static_graph:
+        why = f"every tensor of {target.name} lies on a grid that was found before"
+        raise InputError("nothing end to end", where=recipe.name, why=why, do="set end_to_end.steps = 0")
+
+
+def tune(
+    model: DecoderWeights,
+    recipe: Recipe,
+    records: Mapping[str, LinearRecord],
+    calibration: Calibration,
+    ids_NT: Tensor,
+    seen_NT: Tensor,
+    seed: int,
+    progress: Progress,
+    store: ActivationStore = IN_MEMORY,
+) -> Tuned:
+    """Learns `recipe.end_to_end` on the windows `ids_NT`. `seen_NT`: those that the blocks were calibrated on.
+
+    Some windows are held out; when their divergence has not become less, everything stays as it was.
+    """
+    plan = recipe.end_to_end
+    student = _student(model, recipe, records, calibration, store.device)
+    teacher = _Teacher(model, plan, ids_NT, store)
+    held, rest = hold_out(ids_NT, seen_NT)
+    before = _divergence(student, teacher, held, plan)
+    factors, gains = student.learned()
+    groups = [{"params": factors, "lr": plan.scale_rate}, {"params": gains, "lr": plan.gain_rate}]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _course(step, plan.steps))
+    generator, losses = torch.Generator().manual_seed(seed), []
+    for step, part in enumerate(_draw(rest, plan, generator)):
+        progress("calibrate: end to end, step", step, plan.steps)
+        optimiser.zero_grad(set_to_none=True)
+        losses.append(_step(student, teacher, part, plan))
+        optimiser.step()
+        scheduler.step()
+    progress("calibrate: end to end, step", plan.steps, plan.steps)
+    after = _divergence(student, teacher, held, plan)
+    history = Tuning(plan.steps, len(ids_NT), before, after, after < before, tuple(losses))
+    results = tuple(calibration.block(index) for index in range(calibration.layers))
+    if not history.kept:
+        return Tuned(results, {}, history)
+    blocks = tuple(_result(part, result) for part, result in zip(student.blocks, results, strict=True))
+    return Tuned(blocks, {name: t.detach().cpu() for name, t in student.norm.items()}, history)
+
+
+def hold_out(ids_NT: Tensor, seen_NT: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the windows that are held out, and of the others: evenly spaced over those that calibration of the
+    blocks has not seen, where there are such; on what GPTQ has seen it is better than it is."""
+    seen = {tuple(ids) for ids in seen_NT.tolist()}
+    fresh = [index for index, ids in enumerate(ids_NT.tolist()) if tuple(ids) not in seen] or list(range(len(ids_NT)))
+    count = min(MOST_HELD, math.ceil(len(fresh) / HELD_OUT))
+    held = [fresh[i * len(fresh) // count] for i in range(count)]
+    rest = [index for index in range(len(ids_NT)) if index not in held]
+    return torch.tensor(held), torch.tensor(rest or held)
+
+
+@torch.no_grad()
+def _student(
+    model: DecoderWeights,
+    recipe: Recipe,
+    records: Mapping[str, LinearRecord],
+    calibration: Calibration,
+    device: torch.device = CPU,
+) -> _Student:
+    """The quantized model as the quantize stage would write it, in the form that is learned."""
+    folded = FoldedCheckpoint(model, calibration.transforms())
+    blocks = tuple(
+        _tuned_block(folded, calibration.block(index), records, index, device) for index in range(model.config.layers)
+    )
+    rows, outer = folded.embedding(), folded.head()
+    shipped = quantize_embedding(rows["embed_tokens.weight"], recipe.embedding)
+    embedding = moved(rows | {"embed_tokens.weight": shipped.dequantized()}, device)
+    linear = quantize_linear(records[HEAD], outer, calibration.head_clip(records[HEAD].spec), HEAD)
+    norm = _learned({name: tensor for name, tensor in outer.items() if not name.startswith(HEAD)}, device)
+    of_head = moved({f"{HEAD}.weight": linear.dequantized()}, device)
+    return _Student(model.config, recipe, embedding, blocks, norm, of_head, linear.record)
+
+
+def _learned(tensors: Weights, device: torch.device) -> dict[str, Tensor]:
+    """Copies on `device` that gradients are kept for."""
+    return {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in tensors.items()}
+
+
+def _tuned_block(
+    folded: FoldedCheckpoint,
+    result: BlockResult,
+    records: Mapping[str, LinearRecord],
+    index: int,
+    device: torch.device,
+) -> TunedBlock:
+    part, weights = quantize_block(folded, result, records, index), folded.block(index)
+    linears = {linear.spec.role: linear for linear in part.linears}
+    shapes = {role: linear.scales.shape for role, linear in linears.items()}
+    shapes |= {r: (1, 1) for r, linear in linears.items() if linear.spec.weight.granularity is Granularity.PER_TENSOR}
+    peaks = {role: group_peaks(weights[f"{role}.weight"], linear.spec.weight) for role, linear in linears.items()}
+    biases = {f"{role}.bias": linear.bias for role, linear in linears.items() if linear.bias is not None}
+    return TunedBlock(
+        config=folded.config,
+        records={role: linear.record for role, linear in linears.items()},
+        ranges=result.ranges or None,
+        codes=moved({role: linear.codes for role, linear in linears.items()}, device),
+        peaks=moved(peaks, device),
+        clips=moved({role: result.clips[role].float() for role in linears}, device),
+        biases=moved(biases, device),
+        factors=_learned({role: torch.ones(shape) for role, shape in shapes.items()}, device),
+        gains=_learned({name.removeprefix("float."): tensor for name, tensor in part.floats.items()}, device),
+    )
+
+
+def _result(part: TunedBlock, result: BlockResult) -> BlockResult:
+    clips = {role: part.clip(role).detach().cpu() for role in part.records}
+    floats = {name: tensor.detach().cpu() for name, tensor in part.gains.items()}
+    return dataclasses.replace(result, clips=clips, codes=moved(part.codes, CPU), floats=floats)
+
+
+class _Teacher:
+    """The float model's last hidden states of all windows [N, T, D], and its head."""
+
+    def __init__(self, model: DecoderWeights, plan: EndToEnd, ids_NT: Tensor, store: ActivationStore) -> None:
+        self.ids, self.ops = ids_NT.to(store.device), FloatOps(model.config, moved(model.head(), store.device))
+        shape = torch.Size((*ids_NT.shape, model.config.hidden))
+        rows = moved(model.embedding(), store.device)
+        self.hidden = store.collect((embed(model.config, rows, ids) for ids in self.ids.split(plan.batch)), shape)
+        for index in range(model.config.layers):
+            ops = FloatOps(model.config, moved(model.block(index), store.device))
+            self.hidden = store.collect(self._block(ops, plan), shape)
+
+    def logits(self, window: Tensor) -> Tensor:
+        """[1, T, V] of one window."""
+        return head(self.ops, self.hidden[window])
+
+    @torch.no_grad()
+    def _block(self, ops: FloatOps, plan: EndToEnd) -> Iterable[Tensor]:
+        parts: Rows = self.hidden
+        for part in parts.split(plan.batch):
+            with matmuls_in(plan.autocast, part.device):
+                y = block(ops.config, ops, part)
+            yield y.float()
+
+
+def _step(student: _Student, teacher: _Teacher, part: Tensor, plan: EndToEnd) -> float:
+    """Gradients on the windows `part`; returns the loss. Weights are made once, and windows go through one by one."""
+    weights = student.weights()
+    leaves = [{name: _leaf(name, tensor, plan) for name, tensor in of_block.items()} for of_block in weights]
+    total = 0.0
+    for window in part.split(1):
+        loss = _window_divergence(student, teacher, leaves, window, plan) / len(part)
+        loss.backward()
+        total += float(loss.detach())
+    made = [(weights[i][name], leaf.grad) for i, found in enumerate(leaves) for name, leaf in found.items()]
+    made = [(tensor, grad) for tensor, grad in made if tensor.requires_grad and grad is not None]
+    torch.autograd.backward([tensor for tensor, _ in made], [grad.to(tensor.dtype) for tensor, grad in made])
+    return total
+
+
+def _leaf(name: str, tensor: Tensor, plan: EndToEnd) -> Tensor:
+    """What gradients are gathered at over the windows of a step: matrices in the precision of the matmuls."""
+    half = plan.autocast == "bfloat16" and tensor.dim() == 2
+    return tensor.detach().to(torch.bfloat16 if half else tensor.dtype).requires_grad_(tensor.requires_grad)
+
+
+def _window_divergence(
+    student: _Student, teacher: _Teacher, weights: Sequence[Weights], window: Tensor, plan: EndToEnd
+) -> Tensor:
+    """Mean over tokens of KL(float || quantized), in nats."""
+    with matmuls_in(plan.autocast, teacher.ids.device):
+        with torch.no_grad():
+            wanted = teacher.logits(window)
+        found = student.logits(weights, teacher.ids[window])
+    wanted = wanted.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - found.float().log_softmax(-1))).sum(-1).mean()
+
+
+@torch.no_grad()
+def _divergence(student: _Student, teacher: _Teacher, windows: Tensor, plan: EndToEnd) -> float:
+    """The same over several windows."""
+    weights = student.weights()
+    found = [float(_window_divergence(student, teacher, weights, window, plan)) for window in windows.split(1)]
+    return sum(found) / len(found)
+
+
+def _draw(windows: Tensor, plan: EndToEnd, generator: torch.Generator) -> Iterable[Tensor]:
+    """The windows of every step; all are seen once before any is seen again."""
+    count = plan.steps * plan.batch
+    rounds = math.ceil(count / len(windows))
+    order = torch.cat([windows[torch.randperm(len(windows), generator=generator)] for _ in range(rounds)])
+    return order[:count].split(plan.batch)
+
+
+def _course(step: int, steps: int) -> float:
+    """Factor on the learning rates."""
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))

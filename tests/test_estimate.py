@@ -1,0 +1,66 @@
+"""What `plan` says of memory comes near what is seen, and goes the right way with what is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from afq_export import estimate
+from afq_export.estimate import memory, time
+from afq_export.job import Job, resolve
+from afq_export.plan import program_size
+from afq_export.spec.request import Request
+
+SMALL = Request(
+    target="linux-x64-ort",
+    recipe="w4a8-g32",
+    changes=("samples.windows=8", "samples.length=64", "learning.epochs=2"),
+    window=64,
+    eval_windows=2,
+    threads=1,
+)
+
+
+def job(tmp_path: Path, *changes: str, **asked: object) -> Job:
+    given = {"out": str(tmp_path / "run"), "changes": SMALL.changes + changes}
+    return resolve(dataclasses.replace(SMALL, **(given | asked)))
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(estimate, "peak_rss_mb", lambda: 400.0)
+    return 400.0
+
+
+def test_activations_beyond_the_budget_are_not_in_memory(tmp_path: Path, process: float) -> None:
+    here, there = (job(tmp_path, activation_memory_mb=budget) for budget in (1000, 0))
+    kept, spilled = (memory(one, program_size(one)) for one in (here, there))
+    needed = 6 * 8 * 64 * here.model.config.hidden * 4 / 1e6
+    assert (kept.spilled, spilled.spilled) == (False, True)
+    assert kept.activations == spilled.activations == round(needed)
+    assert spilled.calibrate < kept.calibrate + needed and kept.process == process
+
+
+def test_more_work_takes_more(tmp_path: Path, process: float) -> None:
+    usual = job(tmp_path)
+    for more in ("learning.epochs=8", "samples.windows=16", "rounding.method=learned"):
+        other = job(tmp_path, more)
+        assert time(other, 50.0, program_size(other)).calibrate > time(usual, 50.0, program_size(usual)).calibrate
+    longer = job(tmp_path, "samples.length=128")
+    assert memory(longer, program_size(longer)).calibrate > memory(usual, program_size(usual)).calibrate
+    nearest = job(tmp_path, recipe="w4a8-g32+rtn", changes=SMALL.changes[:2])
+    assert memory(nearest, program_size(nearest)).calibrate < memory(usual, program_size(usual)).calibrate
+    assert time(usual, 100.0, program_size(usual)).calibrate < time(usual, 50.0, program_size(usual)).calibrate
+
+
+def test_a_large_onnx_program_is_never_whole_in_memory(tmp_path: Path, process: float) -> None:
+    small = job(tmp_path)
+    options = msgspec.structs.replace(small.target.onnx, vectors_mb=0)
+    streamed = dataclasses.replace(small, target=msgspec.structs.replace(small.target, onnx=options))
+    sizes = [msgspec.structs.replace(program_size(small), linears=mb * 1_000_000) for mb in (500, 1000, 100_000)]
+    whole = [memory(small, size).lower for size in sizes]
+    assert whole[1] > whole[0] + 1000, "below the limit the runtime computes test vectors"
+    assert whole[2] == memory(streamed, sizes[0]).lower == memory(streamed, sizes[2]).lower < whole[0]
