@@ -77,6 +77,7 @@ class OnnxGraph:
         """The tensor itself, or where it now stands in the file `beside`."""
         if self.beside is None or len(tensor.raw_data) < SMALL:
             return tensor
+        self.beside.touch()  # onnx would make a file that nobody else can read
         set_external_data(tensor, self.beside.name)
         save_external_data(tensor, str(self.beside.parent))
         tensor.ClearField("raw_data")

@@ -149,6 +149,7 @@ def test_large_models_keep_their_tensors_beside_the_file(decoders: Decoders, tmp
     config, scheme, changes = CASES["qwen2"]
     apart = lowered(tmp_path, config, scheme, small_target(external_data_mb=0), changes)
     data = tmp_path / "model.onnx.data"
+    assert data.stat().st_mode == apart.path.stat().st_mode, "as readable as the program"
     assert data.stat().st_size + apart.path.stat().st_size >= whole.path.stat().st_size
     large = [t for t in onnx.load(apart.path, load_external_data=False).graph.initializer if t.external_data]
     assert {t.name for t in large} > {"lm_head.codes", "rope.cos"}
