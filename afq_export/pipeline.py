@@ -100,10 +100,10 @@ def run_calibrate(job: Job, folder: RunFolder, progress: Progress) -> Calibratio
     if blocks_done and (tuned_path(place).exists() or not recipe.end_to_end.steps):
         return calibration
     with folder.stage("calibrate") if job.shards.writes else contextlib.nullcontext():
-        source, store = job.source(_learned_rotation(job, folder, progress)), choose_store(activations(job), place)
+        source = job.source(_learned_rotation(job, folder, progress))
+        store = dataclasses.replace(choose_store(activations(job), place), device=torch.device(job.device))
         if not blocks_done:
-            on = dataclasses.replace(store, device=torch.device(job.device))
-            calibrate(source, recipe, job.records, job.calibration, place, seed, progress, bits, on, job.shards)
+            calibrate(source, recipe, job.records, job.calibration, place, seed, progress, bits, store, job.shards)
         if recipe.end_to_end.steps and job.shards.writes:  # one process does, the others are done
             ids_NT, seen_NT = job.tuning.ids_NT, job.calibration.ids_NT
             write_tuned(place, tune(source, recipe, job.records, calibration, ids_NT, seen_NT, seed, progress, store))

@@ -127,6 +127,7 @@ def tune(
     Some windows are held out; when their divergence has not become less, everything stays as it was.
     """
     plan = recipe.end_to_end
+    results = tuple(calibration.block(index) for index in range(calibration.layers))
     student = _student(model, recipe, records, calibration, store.device)
     teacher = _Teacher(model, plan, ids_NT, store)
     held, rest = hold_out(ids_NT, seen_NT)
@@ -145,7 +146,6 @@ def tune(
     progress("calibrate: end to end, step", plan.steps, plan.steps)
     after = _divergence(student, teacher, held, plan)
     history = Tuning(plan.steps, len(ids_NT), before, after, after < before, tuple(losses))
-    results = tuple(calibration.block(index) for index in range(calibration.layers))
     if not history.kept:
         return Tuned(results, {}, history)
     blocks = tuple(_result(part, result) for part, result in zip(student.blocks, results, strict=True))

@@ -75,46 +75,44 @@ def hostile_inputs(inputs: int, rows: int = 40) -> Tensor:
     return torch.cat([torch.stack(chosen), noise[len(chosen) :] * sizes])
 
 
-@pytest.fixture(scope="module", params=EXACT)
-def together(request):
-    """Six linears (three shapes, with and without bias where the kernel takes one) in one model."""
-    linears = [
-        hostile_weights(linear_of(request.param, *shape, bias=bias, bits=bits, name=f"blocks.{n}.{bias}", seed=n))
-        for n, (shape, bits) in enumerate([((48, 64), 8), ((33, 33), 4), ((17, 1536), 8)])
-        for bias in (True, False)
-    ]
-    return linears, Program(linears)
-
-
-@pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_model_is_the_kernel(together, tokens):
-    linears, program = together
+def compare(linears, program, tokens):
+    """The program against the integer model, `tokens` rows of hostile inputs at a time."""
     inputs = [hostile_inputs(linear.spec.inputs) for linear in linears]
     for start in range(0, 40, tokens):
         part = [x[start : start + tokens] for x in inputs]
         for linear, x, theirs in zip(linears, part, program.run(part), strict=True):
             assert_same(linear, x, theirs, f"rows {start}..")
+
+
+def in_one_model(kernel, bits, **more):
+    """Six linears (three shapes, with and without bias where the kernel takes one) in one model."""
+    linears = [
+        hostile_weights(linear_of(kernel, *shape, bias=bias, bits=b, name=f"blocks.{n}.{bias}", seed=n, **more))
+        for n, (shape, b) in enumerate(zip([(48, 64), (33, 33), (17, 1536)], bits, strict=True))
+        for bias in (True, False)
+    ]
+    return linears, Program(linears)
+
+
+@pytest.fixture(scope="module", params=EXACT)
+def together(request):
+    return in_one_model(request.param, (8, 4, 8))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_model_is_the_kernel(together, tokens):
+    compare(*together, tokens)
 
 
 @pytest.fixture(scope="module")
 def narrow():
     """The same for inputs of 4 bits."""
-    linears = [
-        hostile_weights(linear_of("dynamic_per_token", *shape, bias=bias, bits=bits, input_bits=4, name=f"{n}.{bias}"))
-        for n, (shape, bits) in enumerate([((48, 64), 4), ((33, 33), 8), ((17, 1536), 4)])
-        for bias in (True, False)
-    ]
-    return linears, Program(linears)
+    return in_one_model("dynamic_per_token", (4, 8, 4), input_bits=4)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_model_is_the_kernel_on_inputs_of_4_bits(narrow, tokens):
-    linears, program = narrow
-    inputs = [hostile_inputs(linear.spec.inputs) for linear in linears]
-    for start in range(0, 40, tokens):
-        part = [x[start : start + tokens] for x in inputs]
-        for linear, x, theirs in zip(linears, part, program.run(part), strict=True):
-            assert_same(linear, x, theirs, f"rows {start}..")
+    compare(*narrow, tokens)
 
 
 def test_inputs_of_4_bits_have_fifteen_values():

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from afq_export.quantize.activations import quantize_static
-from afq_export.quantize.checkpoint import QuantizedLinear, StaticRange
+from afq_export.quantize.checkpoint import StaticRange
 from afq_export.validate.integer.linear import integer_linear
-from tests.checkpoints import KERNELS, random_linear, xnnpack_target
+from tests.checkpoints import KERNELS, hostile_weights, random_linear, xnnpack_target
 from tests.validate.xnnpack_programs import MAX_TOKENS, compile_linears
 
 pytest.importorskip("executorch", reason="the runtime is not installed")
@@ -58,19 +58,6 @@ def hostile_inputs(inputs: int) -> Tensor:
         noise[8] ** 5,
     ]
     return torch.cat([torch.stack(rows), noise[len(rows) :] * 10.0 ** torch.linspace(-3, 3, 40 - len(rows))[:, None]])
-
-
-def hostile_weights(linear: QuantizedLinear) -> QuantizedLinear:
-    """The first rows at the ends of the grid, power-of-two scales (ties in the output), a bias that cancels."""
-    grid, codes, scales = linear.spec.weight, linear.codes.clone(), linear.scales.clone()
-    codes[0], codes[1], codes[2] = grid.qmin, grid.qmax, 0
-    codes[3, ::2], codes[3, 1::2] = grid.qmin, grid.qmax
-    scales[:8] = 2.0 ** torch.arange(-12, -4)[:, None]
-    bias = linear.bias
-    if bias is not None:
-        bias = bias.clone()
-        bias[:8] = torch.tensor([0.0, -1e3, 1e-20, 2.0**-30, 1 + 2.0**-23, -(2.0**10), 1e6, -0.0])
-    return dataclasses.replace(linear, codes=codes, scales=scales, bias=bias)
 
 
 @pytest.fixture(scope="module", params=KERNELS)
