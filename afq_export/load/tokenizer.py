@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from afq_export.errors import InputError, VerdictError
 from afq_export.load.checkpoint import FloatCheckpoint
+from afq_export.stdout import standard_output_closed
 
 
 def open_tokenizer(checkpoint: FloatCheckpoint) -> Any:
@@ -43,12 +44,13 @@ def _read(folder: Path, name: str, gguf: Path | None = None) -> Any:
     the class that it knows for the architecture, with that class' own rules and tokens.
     """
     try:
-        if gguf is not None:
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-        elif (folder / "tokenizer.json").is_file():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with standard_output_closed():  # tokenizers before 0.23 print there that a vocabulary has holes
+            if gguf is not None:
+                tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+            elif (folder / "tokenizer.json").is_file():
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many types on broken files
         raise InputError("cannot read the tokenizer", where=name, why=str(error).split("\n")[0]) from error
     tokenizer.model_max_length = int(1e30)  # windows are cut by us; a warning about long texts would mislead
@@ -57,7 +59,8 @@ def _read(folder: Path, name: str, gguf: Path | None = None) -> Any:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 of the tokenizer's behaviour: its canonical JSON (vocabulary, merges, normalisers, special tokens)."""
-    data = json.loads(tokenizer.backend_tokenizer.to_str())
+    with standard_output_closed():
+        data = json.loads(tokenizer.backend_tokenizer.to_str())
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

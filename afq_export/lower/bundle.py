@@ -29,6 +29,7 @@ from afq_export.spec.recipe import Recipe
 from afq_export.spec.report import Manifest, ManifestModel, ValidationReport, read_report, to_json
 from afq_export.spec.strict import to_toml
 from afq_export.spec.target import BackendName, TargetProfile
+from afq_export.stdout import standard_output_closed
 
 MANIFEST = "manifest.json"
 BEFORE = {"model.pte": ("executorch", "xnnpack"), "model.onnx": ("onnxruntime", "onnxruntime")}
@@ -89,7 +90,8 @@ def describe(recipe: Recipe, target: TargetProfile, folder: Path) -> None:
 
 def save_model_files(model: FloatCheckpoint, tokenizer: Any, folder: Path) -> None:
     """Tokenizer, chat template, configuration and generation configuration, as Hugging Face names them."""
-    tokenizer.save_pretrained(folder)
+    with standard_output_closed():
+        tokenizer.save_pretrained(folder)
     _without_paths(folder / "tokenizer_config.json")
     from transformers import AutoConfig, GenerationConfig
 

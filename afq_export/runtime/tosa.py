@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from afq_export.extras import ETHOS_U
 from afq_export.lower.tosa.graph import TosaGraph
 from afq_export.lower.tosa.host import HostTables, call_inputs
 from afq_export.runtime.session import check_ids, greedy
+from afq_export.stdout import standard_output_closed
 
 Execute = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 """Inputs of a graph by name -> its outputs by name."""
@@ -42,30 +39,13 @@ def reference_model(program: bytes, inputs: tuple[str, ...], outputs: tuple[str,
 
     def execute(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         given = [np.ascontiguousarray(arrays[name]) for name in inputs]
-        with _standard_output_closed():
+        with standard_output_closed():  # it prints a line about versions for every call
             found, status = tosa_reference_model.run(program, given)
         if status != tosa_reference_model.GraphStatus.TOSA_VALID:
             raise InputError("the TOSA reference model refuses the program", why=str(status))
         return dict(zip(outputs, found, strict=True))
 
     return execute
-
-
-@contextlib.contextmanager
-def _standard_output_closed() -> Iterator[None]:
-    """The reference model prints a line about versions for every call, from C++ and to where results go."""
-    libc = ctypes.CDLL(None)
-    sys.stdout.flush()
-    libc.fflush(None)
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        libc.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 class TosaSession:

@@ -26,7 +26,10 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("read", [read_toml, load_target, lambda path: load_recipe(str(path), ())], ids=str)
+READERS = ("any TOML", "target", "recipe")
+
+
+@pytest.mark.parametrize("read", [read_toml, load_target, lambda path: load_recipe(str(path), ())], ids=READERS)
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(tmp_path: Path, name: str, read) -> None:
     path = tmp_path / "a.toml"

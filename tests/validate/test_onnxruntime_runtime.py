@@ -75,7 +75,7 @@ def hostile_inputs(inputs: int, rows: int = 40) -> Tensor:
     return torch.cat([torch.stack(chosen), noise[len(chosen) :] * sizes])
 
 
-def compare(linears, program, tokens):
+def assert_the_kernel(linears, program, tokens):
     """The program against the integer model, `tokens` rows of hostile inputs at a time."""
     inputs = [hostile_inputs(linear.spec.inputs) for linear in linears]
     for start in range(0, 40, tokens):
@@ -101,7 +101,7 @@ def together(request):
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_model_is_the_kernel(together, tokens):
-    compare(*together, tokens)
+    assert_the_kernel(*together, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def narrow():
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_model_is_the_kernel_on_inputs_of_4_bits(narrow, tokens):
-    compare(*narrow, tokens)
+    assert_the_kernel(*narrow, tokens)
 
 
 def test_inputs_of_4_bits_have_fifteen_values():

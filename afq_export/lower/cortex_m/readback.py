@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
@@ -90,5 +91,6 @@ class _Reader:
         value = self.value(index)
         if not isinstance(value, StoredTensor) or not value.data_buffer_idx:
             raise ValueError("a number of a linear is computed, not stored")
-        dtype = DTYPES[int(value.scalar_type)]
-        return np.frombuffer(self.buffers[value.data_buffer_idx].storage, dtype).reshape(value.sizes)
+        dtype, stored = DTYPES[int(value.scalar_type)], self.buffers[value.data_buffer_idx].storage
+        # What is read reaches to where the next constant starts: some bytes of alignment may follow the numbers.
+        return np.frombuffer(stored, dtype, math.prod(value.sizes)).reshape(value.sizes)
