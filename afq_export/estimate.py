@@ -7,6 +7,8 @@ weights; the constants were measured (examples/benchmarks/README.md, scale). W w
 from __future__ import annotations
 
 import math
+import resource
+from pathlib import Path
 
 from afq_export.calibrate.rotation import step_operations
 from afq_export.job import Job, activations
@@ -16,9 +18,11 @@ from afq_export.spec.strict import Data
 
 FOLD_COPIES = 4.3
 """Times 4 W bytes, of a block whose weights are only rounded: themselves, in float64, and folded."""
-LEARN_COPIES = 6.5
-"""The same where something is learned: float, folded, ranges, fake-quantized, their gradients, temporaries."""
-ROW_COPIES = 1.6
+LEARN_COPIES = 7.0
+"""The same where something is learned: float, folded, ranges, fake-quantized, masks, their gradients, temporaries."""
+QUANTIZE_COPIES = 4.3
+"""The same while a block is folded and its codes are written."""
+ROW_COPIES = 2.0
 """Times the token rows in float32, while they are read."""
 HESSIANS = 4
 """Float64 matrices [I, I] of a linear that GPTQ holds at once."""
@@ -26,74 +30,94 @@ TAPE = 14
 """Hidden-width tensors that a block's backward pass keeps per token, besides MLP and attention."""
 SPARE = 2
 """Windows' activations in memory when the others are in files: a batch's inputs and results."""
-EFFICIENCY = 0.5
-"""Of the speed that large square products have, what a block's products and small operators reach together."""
-STEP_PASSES = 3.5
-"""Forward passes that one learning step costs: forward, backward twice that, fake quantization."""
-STEP_SECONDS = 0.03
-"""What a learning step takes besides matmuls on a tiny block: calls, optimiser, small operators."""
-PASSES = 8
-"""Forward passes of a block besides learning: float, statistics, losses, quantized."""
-WEIGHT_PASSES, STEP_WEIGHT_PASSES = 4.0, 2.5
-"""Times that a block's weights are gone through: read, folded, quantized and dequantized; in a step of learning."""
-SEARCHED, SEARCH_ROWS = 22, 512
-"""Candidates of a search, each of which quantizes the weights twice and multiplies SEARCH_ROWS rows by two of them."""
+EFFICIENCY = 0.9
+"""Of the speed that large square products have, what a block's products reach."""
+HALF_SPEED = 2.0
+"""How many times as fast products of bfloat16 are, where the processor has them."""
+TOKEN_SECONDS = 1.2e-8
+"""Of a token's forward pass besides products, for every number of its hidden and MLP widths: norms, grids, attention's
+softmax. A backward pass takes twice that and twice the products."""
+STEP_SECONDS = 0.007
+"""What a learning step takes however small the block is: calls, optimiser."""
+PASSES, BLOCK_SECONDS = 5.0, 0.07
+"""Forward passes of a block besides learning: float, targets, statistics, losses, quantized; and of the smallest."""
+WEIGHT_PASSES, STEP_WEIGHT_PASSES, QUANTIZE_PASSES = 4.0, 2.5, 2.0
+"""Times that a block's weights are gone through: read, folded, quantized and dequantized; in a step of learning; where
+the codes are written."""
+SEARCHED, SEARCH_ROWS, SEARCH_SECONDS = 22, 512, 0.12
+"""Candidates of a search, each of which quantizes the weights twice and multiplies SEARCH_ROWS rows by two of them; and
+of the smallest block."""
 WEIGHT_SECONDS, LARGE_WEIGHT_SECONDS = 5e-9, 2e-8
 """Of one weight in one pass; and where a linear is LARGE, whose temporaries are new pages every time."""
 LARGE = 8 << 20
 """Weights of a linear from which the allocator gives its memory back at once (32 MB)."""
-GPTQ_PASSES = 8
-"""Forward passes, and times that weights are gone through, of rounding a block by GPTQ."""
+GPTQ_PASSES, GPTQ_WEIGHT_PASSES = 3.5, 30
+"""Forward passes, and times that weights are gone through, of rounding a block by GPTQ, besides its Hessians."""
 TUNED_BYTES = 13
 """Of one weight while scales are learned end to end: its code, itself, what gradients are gathered at, gradients."""
 LOGITS = 5
 """Copies of a window's logits of one model, their logarithms and gradients."""
-TUNE_PASSES = 4.5
+TUNE_PASSES = 3.2
 """Forward passes of a step end to end: forward, backward twice that, weights, the teacher's head."""
-RUNG_PASSES = 8
-"""Forward passes that all rungs and the layer checks together cost, the integer reference counted by its time."""
+RUNG_PASSES, HEAD_PASSES = 8, 6
+"""Forward passes that all rungs together cost, the integer reference counted by its time; of the head ..."""
+LOGIT_SECONDS = 2.5e-7
+"""... and what one logit takes to be compared, in float64, in all of them."""
+FOLD_WINDOWS, FOLD_PASSES = 2, 6
+"""Windows that folding is checked on, and forward passes of it, in two precisions."""
 PROGRAM_COPIES = 4
 """Copies of the program in memory while it is put together, written, read back and loaded."""
 STREAMED_COPIES = 6
 """Times the codes of the largest linear or table, where a program is written and read back tensor by tensor."""
-EXPORT_MB, EXPORT_SECONDS = 120.0, 12.0
-"""What the exporter takes by itself ..."""
-ONNX_MB, ONNX_SECONDS = 40.0, 3.0
+EXPORT_MB, EXPORT_SECONDS, EXPORT_BLOCK_SECONDS = 80.0, 4.0, 0.27
+"""What the exporter takes by itself, and for each block ..."""
+ONNX_MB, ONNX_SECONDS, ONNX_BLOCK_SECONDS = 40.0, 0.3, 0.02
 """... where it is ours, and no graph is traced."""
-WRITTEN_MB_SECOND = 20.0
+VALIDATE_MB, VALIDATE_SECONDS, ONNX_VALIDATE_SECONDS = 115.0, 5.0, 0.5
+"""What all rungs take with a program of nothing: the exporter makes a small one of every linear, our own writer too."""
+FLOAT_ROWS, FOLD_LOGITS = 4, 4
+"""Copies of the float token rows while rungs run, and of the fold check's logits in float64."""
+WRITTEN_MB_SECOND = 60.0
 """Of the program, in a second: put together, written, hashed, read back and compared."""
 
 
 class Memory(Data):
-    """Estimated peak memory in MB; `process` is what this program takes before it starts. `activations` of calibration
-    are `spilled` to files when they are more than they may be."""
+    """Estimated peak memory of the stages in MB; `process` is what this program takes before them. `activations` of
+    calibration are `spilled` to files when they are more than they may be."""
 
     process: float
     calibrate: float
+    quantize: float
     lower: float
+    validate: float
     activations: float
     spilled: bool
 
 
 class Time(Data):
-    """Estimated seconds, from `gflops` measured just now."""
+    """Estimated seconds of the stages, from `gflops` measured just now."""
 
     calibrate: float
+    quantize: float
     lower: float
     validate: float
     gflops: float
 
 
 def memory(job: Job, size: Size) -> Memory:
-    """Peaks of calibration (activations, one block, one batch's backward pass) and of lowering (the program)."""
-    process, held = peak_rss_mb(), activations(job)
+    """Peaks of calibration (activations, one block, one batch's backward pass), of folding a block, of lowering and
+    running the program. None is below what the process has taken at most before."""
+    peak, process, held = peak_rss_mb(), resident_mb(), activations(job)
     window = job.calibration.length * job.model.config.hidden * 4
     kept = SPARE * job.recipe.learning.batch * window / 1e6 if held.spilled else held.needed_mb
     work = max(_block_bytes(job), ROW_COPIES * _row_bytes(job), _end_to_end_bytes(job)) / 1e6
+    folding = max(QUANTIZE_COPIES * 4 * block_elements(job), ROW_COPIES * _row_bytes(job)) / 1e6
     return Memory(
-        process=process,
-        calibrate=round(process + kept + work),
-        lower=round(process + _lowering_mb(job, size)),
+        process=peak,
+        calibrate=round(max(peak, process + kept + work)),
+        quantize=round(max(peak, process + folding)),
+        lower=round(max(peak, process + _lowering_mb(job, size))),
+        validate=round(max(peak, process + _validating_mb(job, size))),
         activations=round(held.needed_mb),
         spilled=held.spilled,
     )
@@ -117,70 +141,113 @@ def _end_to_end_bytes(job: Job) -> float:
     config, length = job.model.config, job.tuning.length
     if not job.recipe.end_to_end.steps:
         return 0.0
-    tape = config.layers * length * (TAPE * config.hidden + 8 * config.intermediate) * 2
+    tape = config.layers * length * (TAPE * config.hidden + 8 * config.intermediate + 2 * config.heads * length) * 2
     logits = LOGITS * length * config.vocab * 4
     return TUNED_BYTES * config.layers * block_elements(job) + 3 * _row_bytes(job) + tape + logits
 
 
 def _lowering_mb(job: Job, size: Size) -> float:
-    """What writing the program takes. A large ONNX file is never whole in memory."""
+    """What writing the program takes. A large ONNX file is never whole in memory of its own, but mapped."""
     options = job.target.onnx
     if job.target.backend != "onnxruntime" or options is None:
         return EXPORT_MB + (PROGRAM_COPIES * size.total + 3 * _row_bytes(job)) / 1e6
     largest = max(r.spec.outputs * r.spec.inputs for r in job.records.values())
-    streamed = STREAMED_COPIES * largest / 1e6
+    streamed = (STREAMED_COPIES * largest + size.total) / 1e6
     whole = PROGRAM_COPIES * size.total / 1e6 if size.total <= 1e6 * options.vectors_mb else 0
     return ONNX_MB + max(streamed, whole)
+
+
+def _validating_mb(job: Job, size: Size) -> float:
+    """What running all rungs takes: float rows, logits of the fold check, and the program."""
+    logits = 8 * _fold_tokens(job) * job.model.config.vocab
+    return VALIDATE_MB + (PROGRAM_COPIES * size.total + FLOAT_ROWS * _row_bytes(job) + FOLD_LOGITS * logits) / 1e6
 
 
 def time(job: Job, gflops: float, size: Size) -> Time:
     """Seconds of each stage: operations over speed, passes through weights, and what does not scale with them."""
     config, recipe = job.model.config, job.recipe
-    speed = EFFICIENCY * gflops * 1e9
-    seen, seen_length = job.evaluation.ids_NT.numel(), job.evaluation.length
-    operations = seen * (config.layers * _block_operations(job, seen_length) + 2 * config.vocab * config.hidden)
     rotation = 0.0
     if recipe.transforms.rotation == "learned":
-        rotation = recipe.transforms.rotation_steps * (STEP_SECONDS + step_operations(config) / gflops / 1e9)
+        rotation = recipe.transforms.rotation_steps * (4 * STEP_SECONDS + step_operations(config) / gflops / 1e9)
     ours = job.target.backend == "onnxruntime"
-    export = ONNX_SECONDS if ours else EXPORT_SECONDS
+    export, per_block = (ONNX_SECONDS, ONNX_BLOCK_SECONDS) if ours else (EXPORT_SECONDS, EXPORT_BLOCK_SECONDS)
+    written = size.total / 1e6 / WRITTEN_MB_SECOND
+    seen, seen_length = job.evaluation.ids_NT.numel(), job.evaluation.length
+    blocks, head = config.layers * _token_seconds(job, seen_length, gflops), _head_seconds(job, gflops)
+    checked = seen * (RUNG_PASSES * blocks + HEAD_PASSES * head + LOGIT_SECONDS * config.vocab)
+    folded = _fold_tokens(job) * FOLD_PASSES * (blocks + head)
+    tuned = _end_to_end_seconds(job, gflops)
+    weights = config.layers * _weight_seconds(job) + 2 * config.vocab * config.hidden * WEIGHT_SECONDS
     return Time(
-        calibrate=round(config.layers * _block_seconds(job, speed) + rotation + _end_to_end_seconds(job, speed), 1),
-        lower=round(export + size.total / 1e6 / WRITTEN_MB_SECOND, 1),
-        validate=round(EXPORT_SECONDS + RUNG_PASSES * operations / gflops / 1e9, 1),
+        calibrate=round(config.layers * _block_seconds(job, gflops) + rotation + tuned, 1),
+        quantize=round(QUANTIZE_PASSES * weights, 1),
+        lower=round(export + per_block * config.layers + written, 1),
+        validate=round((ONNX_VALIDATE_SECONDS if ours else VALIDATE_SECONDS) + checked + folded, 1),
         gflops=round(gflops, 1),
     )
 
 
-def _block_seconds(job: Job, speed: float) -> float:
-    """Calibration of one block at `speed` operations a second; samples are shared by the processes."""
-    recipe = job.recipe
+def _block_seconds(job: Job, gflops: float) -> float:
+    """Calibration of one block; samples are shared by the processes."""
+    recipe, rounding = job.recipe, job.recipe.rounding
     windows, length = job.calibration.ids_NT.shape
-    forward = windows * length * _block_operations(job, length) / speed / job.shards.world
-    linears = [r.spec.outputs * r.spec.inputs for r in job.records.values() if r.spec.block == 0]
-    weights = sum(n * (LARGE_WEIGHT_SECONDS if n > LARGE else WEIGHT_SECONDS) for n in linears)
+    tokens = windows * length / job.shards.world
+    plain, learned, rounded = (
+        _token_seconds(job, length, gflops, precision)
+        for precision in ("float32", recipe.learning.autocast, rounding.autocast)
+    )
+    weights = _weight_seconds(job)
     step = STEP_SECONDS + STEP_WEIGHT_PASSES * weights
     steps = recipe.learning.epochs * math.ceil(windows / recipe.learning.batch)
-    seconds = PASSES * forward + WEIGHT_PASSES * weights
-    seconds += recipe.learning.epochs * STEP_PASSES * forward + steps * step
+    seconds = BLOCK_SECONDS + PASSES * tokens * plain + WEIGHT_PASSES * weights
+    seconds += recipe.learning.epochs * 3 * tokens * learned + steps * step
     if recipe.transforms.start == "search" or recipe.learning.clipping != "off":
-        seconds += SEARCHED * (2 * weights + 4 * SEARCH_ROWS * sum(linears) / speed)
-    if recipe.rounding.method == "learned":
-        share = recipe.rounding.steps * recipe.rounding.batch / windows
-        seconds += share * STEP_PASSES * forward + recipe.rounding.steps * step
-    elif recipe.rounding.method == "gptq":
-        seconds += GPTQ_PASSES * (forward + weights)
+        products = 4 * SEARCH_ROWS * block_elements(job) / (EFFICIENCY * gflops * 1e9)
+        seconds += SEARCH_SECONDS + SEARCHED * (2 * weights + products)
+    if rounding.method == "learned":
+        share = rounding.steps * rounding.batch / windows
+        seconds += share * 3 * tokens * rounded + rounding.steps * step
+    elif rounding.method == "gptq":
+        config, sides = job.model.config, 2 if rounding.asymmetric else 1
+        hessians = 2 * sides * (3 * config.hidden**2 + config.intermediate**2) / (EFFICIENCY * gflops * 1e9)
+        seconds += tokens * (GPTQ_PASSES * rounded + hessians) + GPTQ_WEIGHT_PASSES * weights
     return seconds
 
 
-def _end_to_end_seconds(job: Job, speed: float) -> float:
+def _end_to_end_seconds(job: Job, gflops: float) -> float:
     """Learning end to end, and the teacher's pass over its windows."""
-    config, tuned, length = job.model.config, job.recipe.end_to_end, job.tuning.length
+    layers, tuned, length = job.model.config.layers, job.recipe.end_to_end, job.tuning.length
     if not tuned.steps:
         return 0.0
-    token = config.layers * _block_operations(job, length) + 2 * config.vocab * config.hidden
-    learned = TUNE_PASSES * tuned.steps * tuned.batch * length * token
-    return (learned + job.tuning.ids_NT.numel() * config.layers * _block_operations(job, length)) / speed
+    blocks = layers * _token_seconds(job, length, gflops, tuned.autocast)
+    token = blocks + _head_seconds(job, gflops, tuned.autocast)
+    return TUNE_PASSES * tuned.steps * tuned.batch * length * token + job.tuning.ids_NT.numel() * blocks
+
+
+def _token_seconds(job: Job, length: int, gflops: float, precision: str = "float32") -> float:
+    """The forward pass of one block for a token of a window of `length`."""
+    config = job.model.config
+    operations = 2 * block_elements(job) + 4 * length * config.heads * config.head_dim
+    products = operations / (EFFICIENCY * gflops * 1e9)
+    factor = HALF_SPEED if precision == "bfloat16" else 1.0
+    return products / factor + TOKEN_SECONDS * (config.hidden + config.intermediate)
+
+
+def _fold_tokens(job: Job) -> int:
+    """Tokens that folding is checked on."""
+    return min(FOLD_WINDOWS * job.evaluation.length, job.evaluation.ids_NT.numel())
+
+
+def _head_seconds(job: Job, gflops: float, precision: str = "float32") -> float:
+    """Logits of one token."""
+    factor = HALF_SPEED if precision == "bfloat16" else 1.0
+    return 2 * job.model.config.vocab * job.model.config.hidden / (EFFICIENCY * gflops * 1e9) / factor
+
+
+def _weight_seconds(job: Job) -> float:
+    """One pass through the weights of a block."""
+    linears = [r.spec.outputs * r.spec.inputs for r in job.records.values() if r.spec.block == 0]
+    return sum(n * (LARGE_WEIGHT_SECONDS if n > LARGE else WEIGHT_SECONDS) for n in linears)
 
 
 def block_elements(job: Job) -> int:
@@ -193,7 +260,10 @@ def _row_bytes(job: Job) -> int:
     return job.model.config.vocab * job.model.config.hidden * 4
 
 
-def _block_operations(job: Job, length: int) -> int:
-    """Floating-point operations of one block per token of a window of `length`."""
-    config = job.model.config
-    return 2 * block_elements(job) + 4 * length * config.heads * config.head_dim
+def resident_mb() -> float:
+    """Resident memory of this process now, in MB; where the system does not say, the most that it has been."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:
+        return peak_rss_mb()
+    return pages * resource.getpagesize() / 1e6

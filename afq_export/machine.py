@@ -76,6 +76,7 @@ def settle(threads: int) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU refuses to be deterministic
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over every new tensor, and nothing reads it
     torch.set_float32_matmul_precision("highest")
     torch.set_flush_denormal(False)
 

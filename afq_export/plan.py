@@ -12,7 +12,7 @@ from afq_export.arch.decoder import family
 from afq_export.backends import backend
 from afq_export.estimate import Memory, Time, memory, time
 from afq_export.fold.forms import SiteChoice
-from afq_export.fold.online import online_config, online_costs
+from afq_export.fold.online import online_costs
 from afq_export.job import Job, Prepared
 from afq_export.load.model import expected_shapes
 from afq_export.quantize.cache import cache_facts
@@ -78,7 +78,7 @@ def plan(job: Job, gflops: float) -> Plan:
         rounding=_rounding(job.recipe.rounding),
         end_to_end=_end_to_end(job),
         sites=sites(job),
-        online=online_costs(online_config(config, job.recipe.transforms)),
+        online=online_costs(config, job.recipe.transforms),
         layers=layer_groups(job.records),
         size=size,
         memory=memory(job, size),
@@ -87,15 +87,17 @@ def plan(job: Job, gflops: float) -> Plan:
 
 
 def program_size(job: Prepared) -> Size:
-    """Bytes of the program, counted: codes, scales, biases, rows, norms; what the format adds by its backend."""
+    """Bytes of the program, counted: codes, scales, biases, rows, norms, matrices that stay in it; what the format adds
+    by its backend."""
     config, records, target = job.model.config, list(job.records.values()), job.target
     *blocks, head = (linear_bytes(record, target) for record in records)
     norms = 4 * (_parameters(config) - sum(r.spec.outputs * r.spec.inputs for r in records[:-1]))
+    online = sum(cost.bytes for cost in online_costs(config, job.recipe.transforms))
     return Size(
         linears=sum(blocks),
         head=head,
         embedding=row_bytes(job, records[-1], job.recipe.embedding),
-        rest=norms + backend(target.backend).overhead(config, job.records, target),
+        rest=norms + online + backend(target.backend).overhead(config, job.records, target),
     )
 
 

@@ -31,7 +31,9 @@ def job(tmp_path: Path, *changes: str, **asked: object) -> Job:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> float:
+    """What the process has taken at most, and takes now."""
     monkeypatch.setattr(estimate, "peak_rss_mb", lambda: 400.0)
+    monkeypatch.setattr(estimate, "resident_mb", lambda: 390.0)
     return 400.0
 
 
@@ -63,4 +65,29 @@ def test_a_large_onnx_program_is_never_whole_in_memory(tmp_path: Path, process: 
     sizes = [msgspec.structs.replace(program_size(small), linears=mb * 1_000_000) for mb in (500, 1000, 100_000)]
     whole = [memory(small, size).lower for size in sizes]
     assert whole[1] > whole[0] + 1000, "below the limit the runtime computes test vectors"
-    assert whole[2] == memory(streamed, sizes[0]).lower == memory(streamed, sizes[2]).lower < whole[0]
+    few, many = (memory(streamed, size).lower for size in (sizes[0], sizes[2]))
+    assert whole[2] == many and few < whole[0], "beyond it tensors go one by one"
+    assert many - few == 99_500, "what is seen of the file itself, once"
+
+
+def test_every_stage_is_estimated(tmp_path: Path, process: float) -> None:
+    """Nothing takes less than the process has taken already; a longer evaluation takes longer to validate."""
+    usual, longer = job(tmp_path), job(tmp_path, eval_windows=4)
+    estimated, size = memory(usual, program_size(usual)), program_size(usual)
+    stages = ("calibrate", "quantize", "lower", "validate")
+    assert all(getattr(estimated, stage) >= process for stage in stages)
+    seconds = time(usual, 50.0, size)
+    assert all(getattr(seconds, stage) >= 0 for stage in stages)
+    assert time(longer, 50.0, size).validate >= seconds.validate
+
+
+def test_halves_are_faster(tmp_path: Path, process: float) -> None:
+    usual, halves = (
+        job(tmp_path, "samples.windows=128"),
+        job(tmp_path, "samples.windows=128", "learning.autocast=bfloat16"),
+    )
+    assert time(halves, 1.0, program_size(halves)).calibrate < time(usual, 1.0, program_size(usual)).calibrate
+
+
+def test_resident_memory_is_what_the_system_says() -> None:
+    assert 0 < estimate.resident_mb() <= estimate.peak_rss_mb() + 50

@@ -7,21 +7,25 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, amp
 
 from afq_export.arch.attention import causal_attention
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import FloatOps, Weights
-from afq_export.quantize.activations import fake_quantize_dynamic, fake_quantize_static, range_grid
+from afq_export.calibrate.attention import attention_in_parts
+from afq_export.calibrate.fused import rms_norm, rotate, squared_errors
+from afq_export.quantize.activations import fake_quantize_static, quantize_dynamic, range_grid, straight_through
 from afq_export.quantize.cache import cached
 from afq_export.quantize.checkpoint import LinearRecord, StaticRange
 from afq_export.quantize.grid import fake_quantize_weight, weight_scales
 from afq_export.spec.quant import QuantSpec
-from afq_export.spec.recipe import FLOAT_CACHE, KvCache
+from afq_export.spec.recipe import FLOAT_CACHE, Autocast, KvCache
 
 Records = Mapping[str, LinearRecord]
 Ranges = Mapping[str, tuple[StaticRange, StaticRange | None]]
 """Role -> grid of the input, and of the output where the kernel leaves it on one."""
+CACHED = 1 << 16
+"""Numbers of a tensor that are gone through at a time."""
 
 
 class QuantizedPathOps(FloatOps):
@@ -50,9 +54,22 @@ class QuantizedPathOps(FloatOps):
         after = self.ranges[role][1] if self.ranges else None
         return fake_quantize_static(y, after or seen_range(y, self._bits(role)))
 
+    def _normalised(self, role: str, x: Tensor) -> Tensor:
+        weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
+        if self.config.family == "opt":
+            return super()._normalised(role, x)
+        y = rms_norm(x, weight, self.config.norm_eps)
+        return y if bias is None else y + bias
+
+    def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return rotate(x, *rope)
+
     def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         """Attention over keys and values as the cache holds them."""
-        return causal_attention(q_BTHd, *(cached(x, self.kv_cache) for x in (k_BTKd, v_BTKd)))
+        k_BTKd, v_BTKd = cached(k_BTKd, self.kv_cache), cached(v_BTKd, self.kv_cache)
+        if torch.is_autocast_enabled("cpu") and not q_BTHd.is_cuda:
+            return attention_in_parts(q_BTHd, k_BTKd, v_BTKd, torch.get_autocast_dtype("cpu"))
+        return causal_attention(q_BTHd, k_BTKd, v_BTKd)
 
     def quantized_input(self, role: str, x: Tensor) -> Tensor:
         """`x` on the grid that the linear's input has."""
@@ -63,13 +80,33 @@ class QuantizedPathOps(FloatOps):
             before = self.ranges[role][0] if self.ranges else None
             return fake_quantize_static(x, before or seen_range(x, spec.bits))
         if self._shared is None or self._shared[0] is not x or self._shared[1] != spec:
-            self._shared = (x, spec, fake_quantize_dynamic(x, spec))
+            kind = x.device.type
+            halves = torch.is_grad_enabled() and amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            kept = torch.get_autocast_dtype(kind) if halves else x.dtype
+            self._shared = (x, spec, on_own_grid(x, spec, kept))
         return self._shared[2]
 
     def _bits(self, role: str) -> int:
         """Of the grid that a static linear leaves its result on: that of its input."""
         spec = self.records[role].spec.activation
         return spec.bits if spec else 8
+
+
+def on_own_grid(x: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """`x` on the dynamic grid of `spec`, computed in float32, kept in `dtype`; gradients pass.
+
+    On a processor so few rows at a time that they stay in its cache; each row has a grid of its own.
+    """
+
+    def rounded(x: Tensor) -> Tensor:
+        new = x.new_empty(x.shape, dtype=dtype)
+        rows, out = x.reshape(-1, x.shape[-1]), new.view(-1, x.shape[-1])
+        count = max(1, CACHED // x.shape[-1]) if x.device.type == "cpu" else max(1, len(rows))
+        for part, place in zip(rows.split(count), out.split(count), strict=True):
+            place.copy_(quantize_dynamic(part.float(), spec).dequantized())
+        return new
+
+    return straight_through(x, rounded)
 
 
 def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Records) -> dict[str, Tensor]:
@@ -81,7 +118,7 @@ def quantized_weights(folded: Weights, clips: Mapping[str, Tensor], records: Rec
     return new
 
 
-def matmuls_in(precision: Literal["float32", "bfloat16"], device: torch.device) -> contextlib.AbstractContextManager:
+def matmuls_in(precision: Autocast, device: torch.device) -> contextlib.AbstractContextManager:
     """The precision of matmuls on `device` inside of this context."""
     if precision == "float32":
         return contextlib.nullcontext()
@@ -95,8 +132,7 @@ def moved(weights: Weights, device: torch.device) -> dict[str, Tensor]:
 
 def block_loss(y_BTD: Tensor, targets: tuple[Tensor, ...], weights_BT1: Tensor) -> Tensor:
     """Weighted squared error to every target, averaged (AffineQuant, eq. 4; two targets: the augmented loss)."""
-    y = y_BTD.float()
-    return sum(((y - target).square() * weights_BT1).mean() for target in targets) / len(targets)
+    return squared_errors(y_BTD.float(), targets, weights_BT1)
 
 
 def token_power(y_NTD: Tensor) -> Tensor:

@@ -49,11 +49,13 @@ def _text(plan: Plan) -> str:
     }
     estimates = {
         plan.file: f"{size_mb(size.total)} ({parts})",
-        "memory": f"about {memory.calibrate:.0f} MB to calibrate, {memory.lower:.0f} MB to lower",
+        "memory": f"about {memory.calibrate:.0f} MB to calibrate, {memory.quantize:.0f} to quantize, "
+        f"{memory.lower:.0f} to lower, {memory.validate:.0f} to validate",
         "activations": f"{memory.activations:.0f} MB in "
         f"{'files of the run folder' if memory.spilled else 'memory'} (--activation-memory-mb)",
-        "time": f"about {duration(time.calibrate)} to calibrate, {duration(time.lower)} to lower, "
-        f"{duration(time.validate)} to validate, at the {time.gflops:.0f} GFLOP/s measured just now",
+        "time": f"about {duration(time.calibrate)} to calibrate, {duration(time.quantize)} to quantize, "
+        f"{duration(time.lower)} to lower, {duration(time.validate)} to validate, "
+        f"at the {time.gflops:.0f} GFLOP/s measured just now",
     }
     folds = "\n".join([sites_table(plan.sites).text(), "", *site_reasons(plan.sites), *online_lines(plan.online)])
     sections = (_aligned(facts), folds, groups_text(plan.layers), "Estimates:", _aligned(estimates))

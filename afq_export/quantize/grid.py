@@ -32,7 +32,7 @@ def weight_scales(weight_OI: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor
 
 def group_peaks(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
     """Each group's largest absolute value [O, G]."""
-    return grouped(weight_OI, spec).abs().amax(-1)
+    return _Peaks.apply(grouped(weight_OI, spec))
 
 
 def clipped_scales(peaks_OG: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor:
@@ -103,8 +103,25 @@ def block_steps(scales_OG: Tensor) -> tuple[Tensor, Tensor]:
     return (scales_OG / unit).round().clamp(1, LARGEST_STEP).to(torch.uint8), unit
 
 
+class _Peaks(torch.autograd.Function):
+    """Largest absolute value of every group; the gradient goes to it, in equal parts where several are as large."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        peaks = values.abs().amax(-1, keepdim=True)
+        ctx.save_for_backward(values, peaks)
+        return peaks[..., 0]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        values, peaks = ctx.saved_tensors
+        largest = _zero_as_one((peaks - values.abs()).sign_())
+        share = grad[..., None] / largest.sum(-1, keepdim=True)
+        return largest.mul_(share).mul_(values.sign())
+
+
 class _FakeQuantize(torch.autograd.Function):
-    """round and clamp with the straight-through estimator, fused: one saved tensor, no graph of small operations.
+    """round and clamp with the straight-through estimator, fused, no graph of small operations.
 
     d out / d w = 1 inside the range, 0 outside; d out / d scale = code - w / scale inside, code outside (LSQ,
     arXiv 1902.08153, eq. 3).
@@ -114,14 +131,20 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, values: Tensor, scale: Tensor, qmin: int, qmax: int) -> Tensor:
         ratio = values / scale
         codes = ratio.round().clamp_(qmin, qmax)
-        inside = (ratio >= qmin - 0.5) & (ratio <= qmax + 0.5)
-        ctx.save_for_backward(codes - ratio * inside, inside)
-        return codes * scale
+        inside = _zero_as_one(ratio.clamp(qmin - 0.5, qmax + 0.5).sub_(ratio).sign_())
+        ctx.save_for_backward(codes - ratio.mul_(inside), inside)
+        return codes.mul_(scale)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         slope, inside = ctx.saved_tensors
         return grad * inside, (grad * slope).sum(-1, keepdim=True), None, None
+
+
+def _zero_as_one(signs: Tensor) -> Tensor:
+    """1 where `signs` of -1, 0 and 1 are 0, else 0, in place: a mask of floats, whose products are eight times as fast
+    as those with booleans."""
+    return signs.abs_().neg_().add_(1)
 
 
 class _RoundWithOffsets(torch.autograd.Function):

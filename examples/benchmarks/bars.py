@@ -60,14 +60,13 @@ def main() -> int:
 
 
 def lowered(bar: Bar, arguments: argparse.Namespace) -> Path:
-    """The run folder of a row, with its bundle."""
-    out = Path(arguments.out) / f"{bar.target}-{bar.recipe}"
-    if not (out / "bundle" / "manifest.json").exists():
-        command = [sys.executable, "-m", "afq_export", "lower", "--target", bar.target, "--recipe", bar.recipe]
-        command += ["--model", arguments.model, "--calib", arguments.calib, "--eval", arguments.eval]
-        command += ["--threads", str(arguments.threads), "--out", str(out)]
-        print("$", *command, file=sys.stderr, flush=True)
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    """The run folder of a row, with its bundle. One of other inputs is refused by `lower`."""
+    out = Path(arguments.out) / f"{bar.target}-{Path(bar.recipe).stem}"
+    command = [sys.executable, "-m", "afq_export", "lower", "--target", bar.target, "--recipe", bar.recipe]
+    command += ["--model", arguments.model, "--calib", arguments.calib, "--eval", arguments.eval]
+    command += ["--threads", str(arguments.threads), "--out", str(out)]
+    print("$", *command, file=sys.stderr, flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 
 

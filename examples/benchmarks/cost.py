@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from afq_export.arch.decoder import embed, family
+from afq_export.arch.decoder import block, embed, family
 from afq_export.arch.ops import FloatOps
 from afq_export.calibrate.calibrate import calibrate, run_block
 from afq_export.calibrate.learn import (
@@ -37,7 +37,7 @@ from afq_export.calibrate.learn import (
     quantized_block_weights,
     train_step,
 )
-from afq_export.calibrate.ops import matmuls_in, quantized_weights, token_power, token_weights
+from afq_export.calibrate.ops import block_loss, matmuls_in, quantized_weights, token_power, token_weights
 from afq_export.calibrate.parameters import UNCLIPPED, BlockParameters
 from afq_export.calibrate.start import start_parameters
 from afq_export.calibrate.statistics import input_statistics
@@ -175,7 +175,7 @@ def some_windows(problem: BlockProblem, windows: Tensor) -> BlockProblem:
 
 
 def profile_step(arguments: argparse.Namespace, model: FloatCheckpoint, recipe: Recipe, windows: Windows) -> None:
-    """Two tables: where the time of one step goes, and the step against its matmuls."""
+    """Where the time of one step goes, and the step against its matmuls and against the float block."""
     ((_, problem, _),) = problems(model, recipe, windows.ids_NT, (max(arguments.blocks),), 0)
     parameters, part = start_values(problem, recipe), torch.arange(len(problem.inputs))
     groups = [g for g in parameters.groups(1e-3, 1e-3) if g["params"]]
@@ -206,13 +206,15 @@ def profile_step(arguments: argparse.Namespace, model: FloatCheckpoint, recipe: 
             optimiser.step()
 
     seconds, floor = median(step, arguments.runs), median(matmuls(problem, bf16), arguments.runs)
+    plain = median(float_step(problem, recipe.learning.autocast), arguments.runs)
     found = parts(in_parts, arguments.runs)
     total = sum(found.values())
     rows = tuple((name, f"{1e3 * s:.1f}", f"{s / total:.0%}") for name, s in found.most_common())
     print(Table(("part of a step", "ms", "share"), rows, frozenset((1, 2))).markdown())
     tokens = problem.inputs.shape[0] * problem.inputs.shape[1]
     print(f"\n{tokens} tokens, {recipe.name}, {recipe.learning.autocast}: step {1e3 * seconds:.0f} ms,", end=" ")
-    print(f"its matmuls alone {1e3 * floor:.0f} ms, ratio {seconds / floor:.2f} (medians of {arguments.runs})")
+    print(f"its matmuls alone {1e3 * floor:.0f} ms, ratio {seconds / floor:.2f};", end=" ")
+    print(f"the float block {1e3 * plain:.0f} ms, ratio {seconds / plain:.2f} (medians of {arguments.runs})")
 
 
 def parts(step: Callable[[], None], runs: int) -> collections.Counter[str]:
@@ -239,9 +241,9 @@ def part_of(event) -> str:
     outer = next((name.removeprefix("part: ") for name in names if name.startswith("part: ")), "other")
     if outer != "block":
         return outer
-    if any("attention" in name for name in names):
+    if names[0] == "aten::bmm" or any("attention" in name or "softmax" in name for name in names):
         return "attention"
-    if names[0] in ("aten::mm", "aten::bmm", "aten::addmm"):
+    if names[0] in ("aten::mm", "aten::addmm"):
         return "matmuls of the linears"
     if "_StraightThrough" in names:
         return "inputs on their grids"
@@ -266,6 +268,19 @@ def matmuls(problem: BlockProblem, bf16: bool) -> Callable[[], None]:
             x @ weight.T, gradient @ weight, gradient.T @ x
         for _ in range(3):
             q @ q[:, :half].mT, scores @ q[:, :half]
+
+    return run
+
+
+def float_step(problem: BlockProblem, autocast: str) -> Callable[[], None]:
+    """Forward and backward of the float block with gradients for its weights, and the same losses: what a step would
+    take without transforms and grids."""
+    weights = {name: tensor.clone().requires_grad_() for name, tensor in problem.weights.items()}
+
+    def run() -> None:
+        with matmuls_in(autocast, problem.token_weights.device):
+            y = block(problem.config, FloatOps(problem.config, weights), problem.inputs)
+        block_loss(y, problem.targets, problem.token_weights).backward()
 
     return run
 

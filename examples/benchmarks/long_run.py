@@ -28,28 +28,37 @@ from afq_export.cli import call
 
 GROWTH_MB = 24.0
 """What a round may leave behind more than an earlier one: fragments of the allocator, in either direction."""
+STAGES = ("calibrate", "quantize", "lower", "validate")
 TARGETS = ("android-xnnpack", "linux-x64-ort", "android-ort")
 
 
-def tree(pid: int) -> Iterator[int]:
-    """`pid` and all its descendants that are there."""
-    yield pid
+def status(pid: int) -> dict[str, int]:
+    """What /proc says of the memory of `pid`, kB by name; nothing when it has ended."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        fields = (line.split(":", 1) for line in lines if line.endswith(" kB"))
+        return {name: int(value.split()[0]) for name, value in fields}
+    return {}
+
+
+def tree(pid: int, parent: tuple[int | None, ...] = ()) -> Iterator[int]:
+    """`pid` and all its descendants that are there, and have memory of their own: between vfork and exec a child is in
+    that of its `parent`."""
+    fields = status(pid)
+    own = fields.get("VmPeak"), fields.get("VmHWM")
+    if own != parent:
+        yield pid
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text(encoding="utf-8").split():
-                yield from tree(int(child))
+                yield from tree(int(child), own)
 
 
 def memory(pid: int) -> tuple[float, float]:
     """(resident, its anonymous part) of the tree of `pid`, MB."""
-    found = {"VmRSS": 0, "RssAnon": 0}
-    for process in tree(pid):
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
-                name, _, value = line.partition(":")
-                if name in found:
-                    found[name] += int(value.split()[0])
-    return found["VmRSS"] * 1024 / 1e6, found["RssAnon"] * 1024 / 1e6
+    found = [status(process) for process in tree(pid)]
+    resident, anonymous = (sum(fields.get(name, 0) for fields in found) for name in ("VmRSS", "RssAnon"))
+    return resident * 1024 / 1e6, anonymous * 1024 / 1e6
 
 
 class Sampler(threading.Thread):
@@ -103,7 +112,7 @@ def main(given: Sequence[str]) -> int:
     sampler.start()
     with tempfile.TemporaryDirectory() as scratch:
         plans = {t: ask(["plan", "--target", t, "--out", f"{scratch}/run", *rest])["memory"] for t in targets}
-        promised = {t: max(said["calibrate"], said["lower"]) for t, said in plans.items()}
+        promised = {t: max(said.get(stage, 0.0) for stage in STAGES) for t, said in plans.items()}
         rows, left = [], []
         print("| round | target | s | peak, MB | plan, MB | held after it, MB |")
         print("| ---: | --- | ---: | ---: | ---: | ---: |")

@@ -4,11 +4,11 @@
     python examples/benchmarks/scale.py run --model llama-7b --out run-7b -- --set samples.windows=4
 
 `write` makes a Llama of random weights: sharded float16 safetensors, configuration, the demo model's tokenizer. `run`
-calls `plan`, then `calibrate`, `quantize` and `lower`, each in a process of its own, and prints the peak of resident
-memory over the process and its children (VmHWM), the stage's CPU seconds (what it takes on a machine that does nothing
-else; opening and hashing the model, which every command does, is left out) and the command's seconds. What stands
-behind `--` goes to every command. With `--blocks 3` three blocks are calibrated and the others' time is extrapolated.
-Stopped or out of `--minutes`, it goes on where it was when it is called again.
+calls `plan`, then every stage in a process of its own, and prints the plan beside the peak of resident memory over the
+process and its children (VmHWM), the stage's CPU seconds (what it takes on a machine that does nothing else; opening
+and hashing the model, which every command does, is left out) and the command's seconds. What stands behind `--` goes to
+every command. With `--blocks 3` three blocks are calibrated and the others' time is extrapolated. Stopped or out of
+`--minutes`, it goes on where it was when it is called again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import zlib
 from pathlib import Path
 
 import torch
+from long_run import status, tree
 from safetensors.torch import save_file
 
 from afq_export.arch.config import DecoderConfig
@@ -43,7 +44,7 @@ SHAPES = {
 SHARD_BYTES = 2 << 30
 POOL, STRIDE = (1 << 24) + 43, 1_000_003
 """Normal random numbers that all tensors are cut out of, over and over: no two rows of a tensor are the same."""
-STAGES = ("calibrate", "quantize", "lower")
+STAGES = ("calibrate", "quantize", "lower", "validate")
 POLL_SECONDS = 0.2
 
 
@@ -137,7 +138,8 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
             continue
         few = arguments.blocks if stage == "calibrate" and arguments.blocks < blocks else 0
         marks = [_block(arguments.out, index) for index in range(few)]
-        found, seen = _measured([stage, *options], deadline, marks)
+        given = [arguments.out, "--threads", str(arguments.threads)] if stage == "validate" else options
+        found, seen = _measured([stage, *given], deadline, marks)
         found["cpu"] = round(max(0.0, found["cpu"] - kept["opening"]), 1)
         if few and len(seen) == few:
             found = _extrapolated(found, arguments.out, seen, kept["opening"], blocks)
@@ -182,17 +184,24 @@ def table(planned: dict, stages: dict) -> str:
         f"{planned['parameters']:,} parameters, {planned['blocks']} blocks of width {planned['hidden']}, "
         f"{planned['recipe']}, {planned['calibration']}, {planned['time']['gflops']:.0f} GFLOP/s",
         "",
-        "| stage | plan MB | peak MB | plan s | CPU s | s |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| stage | plan MB | peak MB | plan / seen | plan s | CPU s | plan / seen | s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for stage, seen in stages.items():
         memory, seconds = planned["memory"].get(stage), planned["time"].get(stage)
-        said = "-" if memory is None else f"{memory:.0f}", "-" if seconds is None else f"{seconds:.0f}"
-        lines.append(
-            f"| {stage}{'' if seen['done'] else ' (stopped)'} | {said[0]} | {seen['peak_mb']:.0f} | {said[1]} "
-            f"| {seen['cpu']:.0f} | {seen['seconds']:.0f} |"
-        )
+        cells = *_compared(memory, seen["peak_mb"], 0), *_compared(seconds, seen["cpu"], 1), f"{seen['seconds']:.0f}"
+        lines.append(f"| {stage}{'' if seen['done'] else ' (stopped)'} | {' | '.join(cells)} |")
+    said, seen = sum(planned["time"].get(stage, 0.0) for stage in stages), sum(s["cpu"] for s in stages.values())
+    cells = *_compared(said, seen, 1), f"{sum(s['seconds'] for s in stages.values()):.0f}"
+    lines.append(f"| all | | | | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _compared(said: float | None, seen: float, digits: int) -> tuple[str, str, str]:
+    """Plan, seen and their ratio."""
+    if said is None:
+        return "-", f"{seen:.{digits}f}", "-"
+    return f"{said:.{digits}f}", f"{seen:.{digits}f}", f"{said / seen:.2f}" if seen > 10**-digits else "-"
 
 
 def _call(arguments: list[str]) -> subprocess.CompletedProcess:
@@ -232,18 +241,7 @@ def _children_cpu() -> float:
 
 def tree_peak_mb(pid: int) -> float:
     """Sum of the largest resident memories of a process and its children, as they are now (Linux)."""
-    total, todo = 0, [pid]
-    while todo:
-        process = Path(f"/proc/{todo.pop()}")
-        try:
-            status = (process / "status").read_text(encoding="utf-8")
-            tasks = list((process / "task").iterdir())
-            children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-        except OSError:  # it has ended
-            continue
-        total += next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
-        todo += children
-    return total * 1024 / 1e6
+    return sum(status(process).get("VmHWM", 0) for process in tree(pid)) * 1024 / 1e6
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

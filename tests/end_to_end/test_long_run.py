@@ -47,6 +47,19 @@ def test_memory_of_a_tree(long_run: ModuleType) -> None:
     assert long_run.memory(child.pid) == (0, 0)
 
 
+def test_a_child_in_its_parents_memory_is_not_counted_twice(long_run: ModuleType, monkeypatch, tmp_path: Path) -> None:
+    """Process 7 has started 8, which has not called exec yet, and 9, which has."""
+    said = {7: {"VmPeak": 50, "VmHWM": 40, "VmRSS": 30, "RssAnon": 20}, 9: {"VmPeak": 5, "VmHWM": 4, "VmRSS": 3}}
+    monkeypatch.setattr(long_run, "status", lambda pid: said[7] if pid == 8 else said[pid])
+    for pid, children in ((7, "8 9"), (8, ""), (9, "")):
+        task = tmp_path / str(pid) / "task" / str(pid)
+        task.mkdir(parents=True)
+        (task / "children").write_text(children, encoding="utf-8")
+    monkeypatch.setattr(long_run, "Path", lambda path: tmp_path / path.removeprefix("/proc/"))
+    assert list(long_run.tree(7)) == [7, 9]
+    assert long_run.memory(7) == (33 * 1024 / 1e6, 20 * 1024 / 1e6)
+
+
 def test_growth_and_broken_promises_fail(long_run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(long_run, "ask", lambda arguments: {"memory": {"calibrate": 100.0, "lower": 90.0}})
     monkeypatch.setattr(long_run.Sampler, "start", lambda self: None)
