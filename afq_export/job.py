@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import math
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -177,9 +178,10 @@ def prepare(request: Request, *, lowers: bool = True) -> Prepared:
 def activations(job: Prepared) -> Activations:
     """What the calibration activations of this process take, and may."""
     windows, length = job.calibration.ids_NT.shape
-    return Activations.of(
-        windows // job.shards.world, length, job.model.config.hidden, job.request.activation_memory_mb
-    )
+    windows //= job.shards.world
+    if job.recipe.end_to_end.steps:  # of these, half as many copies: the float path's alone
+        windows = max(windows, math.ceil(len(job.tuning.ids_NT) / 2))
+    return Activations.of(windows, length, job.model.config.hidden, job.request.activation_memory_mb)
 
 
 def missing_tool(target: TargetProfile, records: Mapping[str, LinearRecord]) -> MissingToolError | None:

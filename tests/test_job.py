@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from afq_export import extras
+from afq_export.calibrate.shards import Shards
 from afq_export.errors import InputError, MissingToolError
-from afq_export.job import VERSIONED, check_tools, missing_tool, versions
+from afq_export.job import VERSIONED, check_tools, missing_tool, resolve, versions
+from afq_export.lower.lower import command_line
 from afq_export.quantize.assign import assign
 from afq_export.spec.catalog import TARGETS, entries, load_recipe, load_target
+from afq_export.spec.request import Request
 from tests.checkpoints import small_config
 from tests.models import opt_config
 
@@ -41,6 +46,14 @@ def test_what_no_tool_helps_with_is_said_first(monkeypatch: pytest.MonkeyPatch) 
         missing_tool(target, assign(large, recipe, target))
     found = missing_tool(target, assign(small_config(), recipe, target))
     assert found is not None and "no Python module executorch" in str(found)
+
+
+def test_the_command_in_the_manifest_has_all_that_decides_bytes() -> None:
+    job = resolve(Request(tiny=True, threads=1, seed=3, changes=("learning.batch=4",)), lowers=False)
+    plain = "afq-export run --target android-xnnpack --recipe w4a8-g32 --seed 3 --threads 1"
+    assert " ".join(command_line(job)) == f"{plain} --set learning.batch=4 --tiny"
+    elsewhere = dataclasses.replace(job, shards=Shards(2), device="cuda")
+    assert " ".join(command_line(elsewhere)) == f"{plain} --shards 2 --device cuda --set learning.batch=4 --tiny"
 
 
 def test_a_bias_that_no_kernel_takes() -> None:

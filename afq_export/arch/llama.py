@@ -67,6 +67,7 @@ def fold_sites(config: DecoderConfig) -> tuple[FoldSite, ...]:
         kind=SiteKind.NORM_TO_LINEARS,
         dim=c.hidden,
         forms=(Form.DIAGONAL,),
+        online=(Form.PER_HEAD,),
         refused={
             "affine": "a dense matrix does not fold into a norm's gain; it would stay an online matmul",
             "permutation": "a norm's output cannot be permuted without a gather at run time",

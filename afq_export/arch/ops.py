@@ -11,6 +11,7 @@ from torch import Tensor
 
 from afq_export.arch.attention import apply_rope
 from afq_export.arch.config import DecoderConfig
+from afq_export.spec.online import MATRIX_KIND
 
 Weights = Mapping[str, Tensor]
 """Tensors of one block (or of the embedding, or the head) by role: `q_proj.weight` [O, I], `attn_norm.weight` [D]."""
@@ -23,7 +24,7 @@ class Ops(Protocol):
         """`x [..., I]` to `[..., O]`."""
 
     def norm(self, role: str, x: Tensor) -> Tensor:
-        """RMSNorm or LayerNorm over the last dimension, weights included."""
+        """RMSNorm or LayerNorm over the last dimension, weights included, and the matrix behind it if it has one."""
 
     def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Rotary embedding of heads [B, T, H, d] by cos and sin [T, d]."""
@@ -65,11 +66,8 @@ class FloatOps(PlainSums):
         return F.linear(x, self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias"))
 
     def norm(self, role: str, x: Tensor) -> Tensor:
-        weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
-        if self.config.family == "opt":
-            return F.layer_norm(x, (x.shape[-1],), weight, bias, self.config.norm_eps)
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
-        return y if bias is None else y + bias
+        y, matrix = self._normalised(role, x), self.weights.get(f"{role}.{MATRIX_KIND}")
+        return y if matrix is None else y @ matrix
 
     def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return apply_rope(x, *rope)
@@ -79,6 +77,13 @@ class FloatOps(PlainSums):
 
     def hadamard(self, x: Tensor, size: int) -> Tensor:
         return block_hadamard(x, size)
+
+    def _normalised(self, role: str, x: Tensor) -> Tensor:
+        weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
+        if self.config.family == "opt":
+            return F.layer_norm(x, (x.shape[-1],), weight, bias, self.config.norm_eps)
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
+        return y if bias is None else y + bias
 
 
 def spread(config: DecoderConfig, ops: Ops, x: Tensor) -> Tensor:

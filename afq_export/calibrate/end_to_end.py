@@ -28,10 +28,10 @@ from afq_export.progress import Progress
 from afq_export.quantize.assign import HEAD
 from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.quantize.grid import clipped_scales, group_peaks, scale_codes
-from afq_export.quantize.quantize import quantize_block, quantize_embedding, quantize_linear
+from afq_export.quantize.quantize import quantize_embedding, quantize_folded, quantize_linear
 from afq_export.spec.history import Tuning
 from afq_export.spec.quant import Granularity
-from afq_export.spec.recipe import EndToEnd, Recipe
+from afq_export.spec.recipe import Autocast, EndToEnd, Recipe
 from afq_export.spec.target import TargetProfile
 
 HELD_OUT = 8
@@ -90,9 +90,10 @@ class _Student:
     def logits(self, weights: Sequence[Weights], ids_BT: Tensor) -> Tensor:
         """[B, T, V] with `weights` as `weights()` gives them."""
         x = embed(self.config, self.embedding, ids_BT)
-        for part, of_block in zip(self.blocks, weights, strict=False):
+        *of_blocks, norm = weights
+        for part, of_block in zip(self.blocks, of_blocks, strict=True):
             x = block(self.config, self._ops(of_block, part.records, part.ranges), x)
-        return head(self._ops({**self.head, **weights[-1]}, {HEAD: self.head_record}, None), x)
+        return head(self._ops({**self.head, **norm}, {HEAD: self.head_record}, None), x)
 
     def learned(self) -> tuple[list[Tensor], list[Tensor]]:
         """(factors, gains)."""
@@ -124,14 +125,15 @@ def tune(
 ) -> Tuned:
     """Learns `recipe.end_to_end` on the windows `ids_NT`. `seen_NT`: those that the blocks were calibrated on.
 
-    Some windows are held out; when their divergence has not become less, everything stays as it was.
+    Some windows are held out; when their divergence has not become less, everything stays as it was. The first loss
+    that is not finite ends the learning.
     """
     plan = recipe.end_to_end
     results = tuple(calibration.block(index) for index in range(calibration.layers))
     student = _student(model, recipe, records, calibration, store.device)
     teacher = _Teacher(model, plan, ids_NT, store)
     held, rest = hold_out(ids_NT, seen_NT)
-    before = _divergence(student, teacher, held, plan)
+    before = _divergence(student, teacher, held)
     factors, gains = student.learned()
     groups = [{"params": factors, "lr": plan.scale_rate}, {"params": gains, "lr": plan.gain_rate}]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -140,12 +142,16 @@ def tune(
     for step, part in enumerate(_draw(rest, plan, generator)):
         progress("calibrate: end to end, step", step, plan.steps)
         optimiser.zero_grad(set_to_none=True)
-        losses.append(_step(student, teacher, part, plan))
+        loss = _step(student, teacher, part, plan)
+        if not math.isfinite(loss):
+            break
+        losses.append(loss)
         optimiser.step()
         scheduler.step()
     progress("calibrate: end to end, step", plan.steps, plan.steps)
-    after = _divergence(student, teacher, held, plan)
-    history = Tuning(plan.steps, len(ids_NT), before, after, after < before, tuple(losses))
+    after = _divergence(student, teacher, held)
+    told = after if math.isfinite(after) else None
+    history = Tuning(plan.steps, len(ids_NT), before, told, after < before, tuple(losses))
     if not history.kept:
         return Tuned(results, {}, history)
     blocks = tuple(_result(part, result) for part, result in zip(student.blocks, results, strict=True))
@@ -197,7 +203,8 @@ def _tuned_block(
     index: int,
     device: torch.device,
 ) -> TunedBlock:
-    part, weights = quantize_block(folded, result, records, index), folded.block(index)
+    weights = folded.block(index)
+    part = quantize_folded(folded.config, weights, result, records, index)
     linears = {linear.spec.role: linear for linear in part.linears}
     shapes = {role: linear.scales.shape for role, linear in linears.items()}
     shapes |= {r: (1, 1) for r, linear in linears.items() if linear.spec.weight.granularity is Granularity.PER_TENSOR}
@@ -253,7 +260,7 @@ def _step(student: _Student, teacher: _Teacher, part: Tensor, plan: EndToEnd) ->
     leaves = [{name: _leaf(name, tensor, plan) for name, tensor in of_block.items()} for of_block in weights]
     total = 0.0
     for window in part.split(1):
-        loss = _window_divergence(student, teacher, leaves, window, plan) / len(part)
+        loss = _window_divergence(student, teacher, leaves, window, plan.autocast) / len(part)
         loss.backward()
         total += float(loss.detach())
     made = [(weights[i][name], leaf.grad) for i, found in enumerate(leaves) for name, leaf in found.items()]
@@ -269,10 +276,10 @@ def _leaf(name: str, tensor: Tensor, plan: EndToEnd) -> Tensor:
 
 
 def _window_divergence(
-    student: _Student, teacher: _Teacher, weights: Sequence[Weights], window: Tensor, plan: EndToEnd
+    student: _Student, teacher: _Teacher, weights: Sequence[Weights], window: Tensor, autocast: Autocast
 ) -> Tensor:
-    """Mean over tokens of KL(float || quantized), in nats."""
-    with matmuls_in(plan.autocast, teacher.ids.device):
+    """Mean over tokens of KL(float || quantized), in nats, matmuls in `autocast`."""
+    with matmuls_in(autocast, teacher.ids.device):
         with torch.no_grad():
             wanted = teacher.logits(window)
         found = student.logits(weights, teacher.ids[window])
@@ -281,10 +288,10 @@ def _window_divergence(
 
 
 @torch.no_grad()
-def _divergence(student: _Student, teacher: _Teacher, windows: Tensor, plan: EndToEnd) -> float:
-    """The same over several windows."""
+def _divergence(student: _Student, teacher: _Teacher, windows: Tensor) -> float:
+    """The same over several windows, in float32: what bfloat16 rounds away can be all that was learned."""
     weights = student.weights()
-    found = [float(_window_divergence(student, teacher, weights, window, plan)) for window in windows.split(1)]
+    found = [float(_window_divergence(student, teacher, weights, window, "float32")) for window in windows.split(1)]
     return sum(found) / len(found)
 
 

@@ -61,18 +61,18 @@ class BlockProblem:
         """The windows that losses are measured on, shard by shard: those held out, else MEASURED spread over all."""
         windows = len(self.inputs)
         most = min(self.held_out, windows * self.shards.world // HELD_SHARE)
-        return self.shards.spread(windows, most if self._holds_out else MEASURED)
+        return self.shards.spread(windows, most if self.holds_out else MEASURED)
 
     def batches(self, batch: int, generator: torch.Generator) -> list[Tensor]:
         """This process' windows of every step of an epoch, in random order; none that is held out."""
         learned = torch.ones(len(self.inputs), dtype=torch.bool)
-        if self._holds_out:
+        if self.holds_out:
             learned[torch.cat(self.measured())] = False
         windows = learned.nonzero()[:, 0]
         return [windows[part] for part in self.shards.batches(len(windows), batch, generator)]
 
     @property
-    def _holds_out(self) -> bool:
+    def holds_out(self) -> bool:
         """Whether there are windows enough to hold some out."""
         return self.held_out > 0 and len(self.inputs) // self.shards.local >= HELD_SHARE
 
@@ -187,8 +187,10 @@ def _epochs(
             scheduler.step()
         loss = sum(losses) / sum(len(part) for part in batches)
         held = measure(problem, parameters, opened, alpha, learning.batch) if problem.held_out else None
-        history.append(_record(parameters, epoch, loss, held, opened, alpha))
-        _check(history[-1], start_loss)
+        record = _record(parameters, epoch, loss, held if problem.holds_out else None, opened, alpha)
+        _refuse_not_finite(record)
+        history.append(record)
+        _check(record, start_loss)
         judged = loss if held is None else held
         if judged < least:
             kept, at, least = copy.deepcopy(parameters.state_dict()), epoch, judged
@@ -248,9 +250,14 @@ def _record(
     )
 
 
-def _check(record: EpochRecord, start_loss: float) -> None:
-    if not all(math.isfinite(v) for v in (record.loss, record.dominance, record.condition)):
+def _refuse_not_finite(record: EpochRecord) -> None:
+    """Before it enters the history: JSON has no word for it."""
+    held = 0.0 if record.held is None else record.held
+    if not all(math.isfinite(v) for v in (record.loss, record.dominance, record.condition, held)):
         raise Diverged(f"epoch {record.epoch}: a number is not finite")
+
+
+def _check(record: EpochRecord, start_loss: float) -> None:
     if record.loss > EXPLODED * start_loss:
         raise Diverged(f"epoch {record.epoch}: the loss exploded to {record.loss:.3e} from {start_loss:.3e}")
     if record.dominance <= 0:

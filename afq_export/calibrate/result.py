@@ -112,7 +112,9 @@ def write_block(path: Path, result: BlockResult) -> None:
         tensors[f"matrix.{name}"] = transform.matrix.contiguous()
         if transform.shift is not None:
             tensors[f"shift.{name}"] = transform.shift.contiguous()
-    for key, tensor in tensors.items():
+    history = result.history
+    losses = {"loss": torch.tensor([history.rounded_loss, history.start_loss, history.final_loss])}
+    for key, tensor in (tensors | losses).items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError("calibration gave a number that is not finite", where=f"{path.name}: {key}")
     forms = {name: transform.form for name, transform in result.transforms.items()}

@@ -154,9 +154,16 @@ ALONE = Shards()
 
 
 def open_shards(count: int | None = None) -> Shards:
-    """This process' part of `count` shards; None: as many as torchrun has started processes, 1 without it."""
-    world, rank = (int(os.environ.get(name, usual)) for name, usual in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    return Shards(count or world, rank, world)
+    """This process' part of `count` shards; None: as many as torchrun has started processes, 1 without it.
+
+    Raises InputError when the environment says something that torchrun would not.
+    """
+    said = {name: os.environ.get(name) or usual for name, usual in (("WORLD_SIZE", "1"), ("RANK", "0"))}
+    if not all(text.isdecimal() for text in said.values()) or int(said["RANK"]) >= int(said["WORLD_SIZE"]):
+        where = ", ".join(f"{name}={text}" for name, text in said.items())
+        why = "these variables of the environment number the processes that torchrun starts"
+        raise InputError("processes that cannot be", where=where, why=why, do="unset both")
+    return Shards(count or int(said["WORLD_SIZE"]), int(said["RANK"]), int(said["WORLD_SIZE"]))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,10 @@ BaselineText = Annotated[
     typer.Option(metavar="NAME|TOML|TEXT", help="The baseline's text (default: the shipped one of its name)."),
 ]
 BaselineFile = Annotated[Path, typer.Option(metavar="FILE", help="What `baseline create` wrote.")]
+Where = Annotated[
+    str | None,
+    typer.Option("--device", metavar="NAME", help="Measure there: host, arm64:CPU, ssh:USER@HOST or adb:SERIAL."),
+]
 BundlePath = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or the run folder around it.")]
 
 
@@ -47,9 +51,7 @@ def command(
     ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="XML", help="Write a JUnit report, also when refused.")] = None,
     github: Annotated[bool, typer.Option("--github", help="GitHub annotations (in a workflow: always).")] = False,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Measure there: host, arm64:CPU, ssh:USER@HOST or adb:SERIAL.")
-    ] = None,
+    device: Where = None,
     runner: Runner = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -62,7 +64,7 @@ def command(
     """
     import os
 
-    from afq_export.device.names import DeviceRequest, parse_device, refuse_lone_runner
+    from afq_export.device.names import one_device
     from afq_export.errors import AfqError
     from afq_export.files import refuse_unwritable, write_text
     from afq_export.guard import github as annotate
@@ -83,9 +85,8 @@ def command(
     if junit:
         refuse_unwritable(junit)
     try:
-        refuse_lone_runner(runner, device)
+        on = one_device(device, runner, threads)
         asked = read_limits(limits, {name: value for name, value in given.items() if value is not None})
-        on = DeviceRequest((parse_device(device),), runner=runner, threads=threads or 1) if device else None
         count = threads or default_threads()
         settle(count)
         with progress() as tick:

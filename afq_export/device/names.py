@@ -58,6 +58,12 @@ def refuse_lone_runner(runner: Path | None, device: object) -> None:
         raise InputError("--runner is for a device", where=str(runner), do="name one with --device")
 
 
+def one_device(device: str | None, runner: Path | None, threads: int | None) -> DeviceRequest | None:
+    """What `--device`, `--runner` and `--threads` ask for, None without a device. Raises InputError like its parts."""
+    refuse_lone_runner(runner, device)
+    return DeviceRequest((parse_device(device),), runner=runner, threads=threads or 1) if device else None
+
+
 def parse_device(text: str) -> DeviceName:
     """One device. Raises InputError for an unknown kind, an unknown name, or a text of another form."""
     kind, colon, name = text.strip().partition(":")

@@ -4,6 +4,7 @@ Calibration learns through these functions in float32 and the fold stage runs th
 learned is what is folded. With A the matrix, s the shift (row vectors, AffineQuant eq. 2-4):
 
     norm_to_linears  gain' = gain / a      bias' = (bias - s) / a        W' = W diag(a)      b' = b + W s
+         online, any A: behind the norm  (norm - s) A^-1                 W' = W A^T          b' = b + W s
     v_to_o           Wv'_k = A_k^-T Wv_k   bv'_k = (bv_k - s_k) A_k^-1   Wo'_h = Wo_h A_k^T  bo' = bo + sum Wo_h s_k
     q_to_k           Wq'_h = A_k^T Wq_h    bq'_h = bq_h A_k              Wk'_k = A_k^-1 Wk_k bk'_k = bk_k A_k^-T
     up_to_down       Wup' = Wup / a        bup' = bup / a                Wdown' = Wdown diag(a)
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from afq_export.fold.transform import SiteTransform
+from afq_export.spec.online import MATRIX_KIND
 from afq_export.spec.sites import FoldSite, Form, SiteKind
 
 Weights = Mapping[str, Tensor]
@@ -48,13 +50,16 @@ def fold_block(
 
 def _norm_to_linears(site: FoldSite, transform: SiteTransform, w: Weights) -> dict[str, Tensor]:
     (norm,) = site.producers
-    a, shift = transform.matrix, transform.shift
-    new = {f"{norm}.weight": w[f"{norm}.weight"] / a}
-    bias = w.get(f"{norm}.bias")
+    a, shift, bias = transform.matrix, transform.shift, w.get(f"{norm}.bias")
+    new = {}
     if bias is not None:
-        new[f"{norm}.bias"] = (bias if shift is None else bias - shift) / a
+        new[f"{norm}.bias"] = bias if shift is None else bias - shift
+    if transform.form is Form.DIAGONAL:
+        new = {name: tensor / a for name, tensor in ({f"{norm}.weight": w[f"{norm}.weight"]} | new).items()}
+    else:
+        (new[f"{norm}.{MATRIX_KIND}"],) = transform.inverted()
     for role in site.consumers:
-        new[f"{role}.weight"] = w[f"{role}.weight"] * a
+        new[f"{role}.weight"] = _columns(site, transform, w[f"{role}.weight"])
         if shift is not None:
             new[f"{role}.bias"] = w[f"{role}.bias"] + w[f"{role}.weight"] @ shift
     return new

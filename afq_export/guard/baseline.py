@@ -92,10 +92,13 @@ def mean_divergence(before: Tokens, measured: Measured) -> float:
 
 
 def today() -> str:
-    """The date, that of SOURCE_DATE_EPOCH where a reproducible build sets it."""
+    """The date, of SOURCE_DATE_EPOCH where a reproducible build sets it. Raises InputError for one beyond dates."""
     seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
     now = datetime.datetime.now(datetime.UTC)
-    at = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC) if seconds.isdecimal() else now
+    try:
+        at = datetime.datetime.fromtimestamp(int(seconds), datetime.UTC) if seconds.isdecimal() else now
+    except (ValueError, OverflowError, OSError) as error:
+        raise InputError("SOURCE_DATE_EPOCH is no date", why=str(error), do="unset it, or set it to seconds") from error
     return at.date().isoformat()
 
 

@@ -13,8 +13,8 @@ from afq_export.guard.baseline import first_losses, mean_divergence, stored_toke
 from afq_export.guard.compare import agreement, first_other, paired, worst_places
 from afq_export.guard.facts import differences
 from afq_export.guard.file import read_baseline
-from afq_export.guard.on_device import measure_on
-from afq_export.guard.subject import measure, open_subject, protocol, windows_of
+from afq_export.guard.on_device import measured_where
+from afq_export.guard.subject import open_subject, protocol, windows_of
 from afq_export.load.corpus import Windows
 from afq_export.perplexity import refuse_other_protocol
 from afq_export.progress import Progress
@@ -41,10 +41,7 @@ def check(
     windows = windows_of(subject, baseline.protocol, text)
     refuse_other_protocol(baseline.protocol, protocol(windows))
     timed = limits.slowdown is not None
-    if on:
-        measured = measure_on(subject, windows, on, progress, before, timed)
-    else:
-        measured = measure(subject, windows, threads, progress, before, timed)
+    measured = measured_where(subject, windows, threads, progress, before, timed, on)
     now = measured.tokens
     same = now.digest == before.digest
     found = gates.Comparison(

@@ -9,12 +9,27 @@ from afq_export.device.program import program_of
 from afq_export.device.session import Limits, WindowSession, open_session
 from afq_export.guard.facts import facts_of
 from afq_export.guard.record import record
-from afq_export.guard.subject import Measured, Subject, refuse_other_shape
+from afq_export.guard.subject import Measured, Subject, measure, refuse_other_shape
 from afq_export.guard.tokens import Tokens
 from afq_export.load.corpus import Windows
 from afq_export.machine import CPU_FLAGS, cpu_name
 from afq_export.progress import Progress
 from afq_export.spec.baseline import Machine, Speed
+
+
+def measured_where(
+    subject: Subject,
+    windows: Windows,
+    threads: int,
+    progress: Progress,
+    reference: Tokens | None,
+    speed: bool,
+    on: DeviceRequest | None,
+) -> Measured:
+    """`measure_on` the device, or where there is none `measure` on this machine."""
+    if on:
+        return measure_on(subject, windows, on, progress, reference, speed)
+    return measure(subject, windows, threads, progress, reference, speed)
 
 
 def measure_on(

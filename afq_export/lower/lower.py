@@ -59,6 +59,8 @@ def command_line(job: Job) -> list[str]:
     request = job.request
     parts = ["afq-export", "run", "--target", job.target.name, "--recipe", job.recipe.name]
     parts += ["--seed", str(request.seed), "--threads", str(job.threads)]
+    parts += ["--shards", str(job.shards.count)] if job.shards.count > 1 else []
+    parts += ["--device", job.device] if job.device != "cpu" else []
     for option, name in (("--model", request.model), ("--calib", request.calib)):
         if name:
             parts += [option, Path(name).name if Path(name).exists() else name]

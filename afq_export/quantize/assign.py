@@ -11,6 +11,7 @@ from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.errors import InputError
 from afq_export.quantize.checkpoint import LinearRecord
+from afq_export.spec.online import NORM_MATRIX, Online
 from afq_export.spec.quant import Granularity, LinearSpec, QuantSpec, linear_name
 from afq_export.spec.recipe import Activations, Override, Recipe, Weights
 from afq_export.spec.target import Kernel, No, TargetProfile, Yes
@@ -182,15 +183,22 @@ def _check_embedding(config: DecoderConfig, recipe: Recipe, target: TargetProfil
 
 
 def _check_online(recipe: Recipe, target: TargetProfile) -> None:
-    """Raises InputError for an online operation that the target's programs do not have."""
+    """Raises InputError for an online operation that the target's programs do not have, or that nothing learns."""
     for name in recipe.transforms.online:
+        where = f"recipe {recipe.name} on {target.name}: transforms.online = {name!r}"
         if name not in target.online:
             raise InputError(
                 "no such operation",
-                where=f"recipe {recipe.name} on {target.name}: transforms.online = {name!r}",
-                why="only float programs of ONNX Runtime and XNNPACK multiply by a matrix between two linears",
+                where=where,
+                why=f"only float programs of {_ONLINE_IN[name]} multiply by a matrix between two linears",
                 do="leave it out: everything else folds and costs nothing at run time",
             )
+        if name == NORM_MATRIX and not recipe.learning.epochs:
+            why = "learning.epochs = 0: its matrices would be diagonals, which fold"
+            raise InputError("nothing to multiply by", where=where, why=why, do="set learning.epochs, or leave it out")
+
+
+_ONLINE_IN: dict[Online, str] = {"down_hadamard": "ONNX Runtime and XNNPACK", "norm_matrix": "ONNX Runtime"}
 
 
 def _check_cache(config: DecoderConfig, recipe: Recipe, target: TargetProfile) -> None:

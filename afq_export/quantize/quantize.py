@@ -10,6 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.calibrate.result import BlockResult, Calibration
 from afq_export.fold.folded import FoldedCheckpoint
@@ -84,8 +85,18 @@ def quantize_block(
     folded: FoldedCheckpoint, result: BlockResult, records: Mapping[str, LinearRecord], index: int
 ) -> QuantizedPart:
     """The linears and norms of one block, from its folded weights, learned clipping and static ranges."""
-    weights = folded.block(index) | result.floats
-    roles = family(folded.config).linear_shapes(folded.config)
+    return quantize_folded(folded.config, folded.block(index), result, records, index)
+
+
+def quantize_folded(
+    config: DecoderConfig,
+    folded: Mapping[str, Tensor],
+    result: BlockResult,
+    records: Mapping[str, LinearRecord],
+    index: int,
+) -> QuantizedPart:
+    """The same from the block's weights, `folded` already."""
+    weights, roles = {**folded, **result.floats}, family(config).linear_shapes(config)
     linears = []
     for role in roles:
         ranges = result.ranges.get(role)

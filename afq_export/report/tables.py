@@ -105,10 +105,11 @@ def tuning_lines(tuning: Tuning | None) -> list[str]:
     """What came after the blocks, in one line; none when nothing did."""
     if tuning is None:
         return []
+    after = "not a finite number" if tuning.after is None else f"{tuning.after:.3e}"
     end = "" if tuning.kept else ": no better, so everything was left as it was"
     return [
         f"end to end: {tuning.steps} steps on {tuning.windows} windows; KL(float || quantized) of windows held out "
-        f"{tuning.before:.3e} before, {tuning.after:.3e} after{end}"
+        f"{tuning.before:.3e} before, {after} after{end}"
     ]
 
 
@@ -187,7 +188,7 @@ def online_lines(online: Sequence[OnlineCost]) -> list[str]:
     """What stays in the program instead of folding, and what it takes."""
     return [
         f"not folded, in the program: {cost.name}, matrices of {cost.size}: {cost.macs:,} multiplications more a "
-        f"token, {cost.share:.1%} of those of the blocks' linears"
+        f"token, {cost.share:.1%} of those of the blocks' linears, {cost.bytes / 1e6:,.2f} MB of float32"
         for cost in online
     ]
 

@@ -31,7 +31,7 @@ LEVELS = {
 }
 """`graph_optimization_level` in our files -> ONNX Runtime's name."""
 FIRST_VERSION = (1, 30)
-"""The version whose kernels validate/integer/onnxruntime.py was measured on."""
+"""The first version whose kernels are those of validate/integer/onnxruntime.py."""
 INSTALL = 'run `pip install "onnxruntime>=1.30,<1.32"`'
 SILENT = 4
 """Log level at which only fatal errors are printed: what goes wrong is raised as well."""

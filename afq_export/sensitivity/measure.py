@@ -30,7 +30,7 @@ Damages = dict[str, tuple[float, ...]]
 def measure(job: Prepared, options: Options, progress: Progress) -> Damages:
     """Damage of rounding each weight to nearest and of putting its input on its grid, all else float.
 
-    No transform and no clipping of the recipe's method is in it, but a random rotation and online operations are: it is
+    No transform and no clipping of the recipe's method is in it, but a random rotation and Hadamard matrices are: it is
     `job.source()` that is measured.
     """
     found = _Damages(options)

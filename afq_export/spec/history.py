@@ -34,11 +34,12 @@ class History(Data):
 
 class Tuning(Data):
     """How end-to-end learning went: mean KL(float || quantized), nats per token, of windows that were not learned from,
-    before and after, and of every step's windows. Not `kept`: it had not become less, and nothing was changed."""
+    before and after (null: learning diverged), and of every step's windows. Not `kept`: it had not become less, and
+    nothing was changed."""
 
     steps: int
     windows: int
     before: float
-    after: float
+    after: float | None
     kept: bool
     losses: tuple[float, ...] = ()

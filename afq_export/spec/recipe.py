@@ -44,6 +44,10 @@ class Embedding(Data):
     group: Annotated[int, Meta(ge=0)] = 0
 
 
+Autocast = Literal["float32", "bfloat16"]
+"""Precision of the matmuls while something is learned or rounded."""
+
+
 class KvCache(Data):
     """What the KV cache holds: float keys and values (`bits` 32), or codes of 8 or 4 bits on a grid of their own for
     every token and head (`group` 0), or for every `group` of its numbers; nothing of it is calibrated."""
@@ -78,8 +82,9 @@ class Transforms(Data):
     `rotation` turns the residual stream, and the heads between v and o, first: by fixed random Hadamard matrices, or by
     those that `rotation_steps` steps make of them, one block a step (`learned`: calibrate/rotation.py).
     `online` operations stay in the program and cost time: `down_hadamard` multiplies the input of the MLP's last linear
-    by Hadamard matrices of at most `online_block` (fold/online.py). `shift` learns a shift where one folds. `start` is
-    the diagonal's first value: ones, SmoothQuant's `act^p / weight^(1-p)` with p = `power`, or `search`: AWQ's grid
+    by Hadamard matrices of at most `online_block`, `norm_matrix` makes `norm_to_linears = "affine"` possible: the
+    inverse of the whole matrix stays behind the norm (fold/online.py). `shift` learns a shift where one folds. `start`
+    is the diagonal's first value: ones, SmoothQuant's `act^p / weight^(1-p)` with p = `power`, or `search`: AWQ's grid
     over p with the least block error.
     """
 
@@ -119,7 +124,7 @@ class Learning(Data):
     augmented_loss: bool = True
     schedule: Literal["constant", "cosine"] = "cosine"
     loss: Literal["balanced", "mse"] = "balanced"
-    autocast: Literal["float32", "bfloat16"] = "float32"
+    autocast: Autocast = "float32"
     held_out: Annotated[int, Meta(ge=0)] = 0
     patience: Annotated[int, Meta(ge=0)] = 0
 
@@ -139,7 +144,7 @@ class Rounding(Data):
     steps: Count = 120
     batch: Count = 4
     rate: NonNegative = 0.01
-    autocast: Literal["float32", "bfloat16"] = "float32"
+    autocast: Autocast = "float32"
 
 
 class EndToEnd(Data):
@@ -148,7 +153,8 @@ class EndToEnd(Data):
 
     `steps` 0: nothing. A step takes `batch` of `windows` windows, evenly spaced over the calibration text (0: those
     that the blocks were calibrated on). `scale_rate` is relative to each scale; rates rise in the first steps, then
-    fall to 0. `autocast` is the precision of the matmuls. All weights and a window's backward pass are in memory.
+    fall to 0. `autocast` is the precision of the matmuls. The held-out
+    windows are measured in float32. All weights and a window's backward pass are in memory.
     """
 
     steps: Annotated[int, Meta(ge=0)] = 0
@@ -156,7 +162,7 @@ class EndToEnd(Data):
     batch: Count = 4
     scale_rate: NonNegative = 1e-3
     gain_rate: NonNegative = 1e-3
-    autocast: Literal["float32", "bfloat16"] = "bfloat16"
+    autocast: Autocast = "bfloat16"
 
 
 class Ranges(Data):

@@ -60,7 +60,7 @@ def validate_bundle(
         ),
         size=msgspec.structs.replace(counted, rest=bundle.model_bytes - counted.total + counted.rest),
         sites=sites(job),
-        online=online_costs(checkpoint.config),
+        online=online_costs(job.model.config, job.recipe.transforms),
         calibration=tuple(calibration.block(index).history for index in range(calibration.layers)),
         tuning=calibration.tuning(),
     )

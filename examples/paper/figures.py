@@ -46,7 +46,7 @@ def main() -> int:
         print(f"no figures below {arguments.runs}", file=sys.stderr)
         return 1
     to: Path = arguments.to or arguments.runs
-    write_text(to / "results.json", msgspec.json.format(msgspec.json.encode(rows), indent=1).decode() + "\n")
+    write_text(to / "results.json", one_a_line(rows))
     write_text(to / "results.md", tables(rows) + "\n")
     loss_curves(rows, arguments.model, to / "figure2.svg")
     sweep(rows, to / "figure6.svg")
@@ -71,6 +71,11 @@ def read(folder: Path) -> list[Row]:
             row.seed,
         ),
     )
+
+
+def one_a_line(rows: Sequence[Row]) -> str:
+    """JSON, a line for each row."""
+    return "[\n" + ",\n".join(msgspec.json.encode(row).decode() for row in rows) + "\n]\n"
 
 
 def find(rows: Sequence[Row], model: str, scheme: str, method: str) -> Row | None:

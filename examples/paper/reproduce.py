@@ -16,13 +16,14 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from afq_export import pipeline
-from afq_export.errors import AfqError
+from afq_export.errors import AfqError, InputError
 from afq_export.files import write_text
 from afq_export.job import resolve
 from afq_export.perplexity import open_subject, windows_for
@@ -115,15 +116,22 @@ def main() -> int:
     failed = 0
     for name in arguments.model:
         setting = settings(arguments.smollm2)[name]
-        float_run(name, setting, arguments.out)
+        failed |= said(name, lambda name=name, setting=setting: float_run(name, setting, arguments.out))
         for scheme in arguments.scheme or SCHEMES:
             for method, factor in planned(arguments):
-                try:
-                    exported_run(name, setting, scheme, method, factor, arguments)
-                except AfqError as error:
-                    print(f"{name} {scheme} {method}: {error}", file=sys.stderr, flush=True)
-                    failed = 1
+                asked = (name, setting, scheme, method, factor, arguments)
+                failed |= said(f"{name} {scheme} {method}", lambda asked=asked: exported_run(*asked))
     return failed
+
+
+def said(what: str, run: Callable[[], None]) -> int:
+    """Runs; 1 when it ended with an error, which is printed."""
+    try:
+        run()
+    except AfqError as error:
+        print(f"{what}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 def planned(arguments: argparse.Namespace) -> list[tuple[str, float | None]]:
@@ -146,7 +154,7 @@ def float_run(name: str, setting: Setting, out: Path) -> None:
 def exported_run(
     name: str, setting: Setting, scheme: str, method: str, factor: float | None, arguments: argparse.Namespace
 ) -> None:
-    """Calibrates, exports and measures one recipe, unless it is done. Raises AfqError."""
+    """Calibrates, exports and measures one recipe, unless it is done. Raises AfqError, also for figures of another."""
     recipe = METHODS[method]
     learning = (*LEARNED[method], *setting.learning) if method in LEARNED else ()
     changes = (*setting.samples, *learning, *arguments.set)
@@ -158,6 +166,10 @@ def exported_run(
         folder = folder.with_name(f"{folder.name}+seed{arguments.seed}")
     result = folder / "figures.json"
     if result.exists():
+        found = msgspec.json.decode(result.read_bytes(), type=Row)
+        if found.changes != changes:
+            where, why = str(result), f"they were made with {' '.join(found.changes) or 'no change'}"
+            raise InputError("figures of another recipe", where=where, why=why, do="take another --out")
         return
     started = time.monotonic()
     request = Request(
@@ -209,7 +221,7 @@ def save(path: Path, row: Row) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder a run is made in it")
+    parser.add_argument("--out", type=Path, required=True, help="a folder, in which every run has one of its own")
     parser.add_argument("--model", action="append", required=True, choices=settings(""), help="may be repeated")
     parser.add_argument("--scheme", action="append", choices=SCHEMES, help="may be repeated (default: all)")
     parser.add_argument("--method", action="append", choices=METHODS, help="may be repeated (default: all)")
@@ -218,7 +230,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--factor", type=float, action="append", help="a stability factor of the sweep (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the windows while learning")
     parser.add_argument("--set", action="append", default=[], help="change of a recipe field, for all runs")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if "SmolLM2-135M" in arguments.model and not arguments.smollm2:
+        parser.error("--model SmolLM2-135M needs --smollm2 FILE.gguf")
+    return arguments
 
 
 if __name__ == "__main__":

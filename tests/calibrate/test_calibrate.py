@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -167,10 +168,12 @@ def test_a_nan_in_the_loss_keeps_the_start_values(
 
 def test_no_number_that_is_not_finite_reaches_a_file(model: FloatCheckpoint, tmp_path: Path) -> None:
     result = run(model, "w4a8+rtn", tmp_path).block(0)
-    bad = dataclasses.replace(result, transforms={"x": SiteTransform(Form.DIAGONAL, torch.tensor([float("nan")]))})
-    with pytest.raises(InputError, match=r"not finite.*matrix\.x"):
-        write_block(tmp_path / "bad.safetensors", bad)
-    assert not (tmp_path / "bad.safetensors").exists()
+    transform = SiteTransform(Form.DIAGONAL, torch.tensor([float("nan")]))
+    history = msgspec.structs.replace(result.history, final_loss=float("inf"))
+    for change, where in (({"transforms": {"x": transform}}, r"matrix\.x"), ({"history": history}, "loss")):
+        with pytest.raises(InputError, match=f"not finite.*{where}"):
+            write_block(tmp_path / "bad.safetensors", dataclasses.replace(result, **change))
+        assert not (tmp_path / "bad.safetensors").exists()
 
 
 def test_a_block_file_reads_back_exactly(model: FloatCheckpoint, tmp_path: Path) -> None:

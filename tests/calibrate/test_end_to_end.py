@@ -20,6 +20,7 @@ from afq_export.progress import silent
 from afq_export.quantize.assign import assign
 from afq_export.quantize.grid import clipped_scales, group_peaks, scale_codes, weight_codes, weight_scales
 from afq_export.quantize.quantize import quantize_block
+from afq_export.report.tables import tuning_lines
 from afq_export.spec.catalog import load_recipe, load_target
 from afq_export.spec.quant import Granularity, QuantSpec, ScaleType
 from afq_export.spec.recipe import Recipe
@@ -66,7 +67,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def calibrated(model: FloatCheckpoint, folder: Path, *changes: str) -> tuple[Recipe, Calibration]:
     recipe = load_recipe(
-        "w4a8-g32+awq", ("end_to_end.steps=16", "end_to_end.scale_rate=3e-4", "end_to_end.gain_rate=3e-4", *changes)
+        "w4a8-g32+awq", ("end_to_end.steps=40", "end_to_end.scale_rate=1e-3", "end_to_end.gain_rate=1e-3", *changes)
     )
     return recipe, calibrate(model, recipe, assign(model.config, recipe, TARGET), windows(), folder, 0, silent)
 
@@ -150,3 +151,16 @@ def test_windows_held_out_are_such_that_nothing_has_seen(fresh: int, seen: int) 
         assert int(held.min()) >= seen and len(held) == min(8, -(-fresh // 8))
         assert sorted([*held.tolist(), *rest.tolist()]) == list(range(fresh + seen))
     assert len(held) and len(rest)
+
+
+def test_learning_that_diverges_leaves_everything_as_it_was(model: FloatCheckpoint, tmp_path: Path) -> None:
+    """And says so in a file that can be read: JSON has no NaN."""
+    recipe, calibration = calibrated(model, tmp_path, "end_to_end.scale_rate=1e30", "end_to_end.steps=4")
+    records = assign(model.config, recipe, TARGET)
+    before = _student(model, recipe, records, calibration).weights()
+    write_tuned(tmp_path, tune(model, recipe, records, calibration, IDS, windows().ids_NT, 0, silent))
+    history = calibration.tuning()
+    assert history.after is None and not history.kept and 0 < len(history.losses) < 4
+    assert "not a finite number after: no better" in tuning_lines(history)[0]
+    after = _student(model, recipe, records, calibration).weights()
+    assert all(torch.equal(before[i][name], tensor) for i, found in enumerate(after) for name, tensor in found.items())

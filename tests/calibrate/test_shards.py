@@ -148,3 +148,14 @@ def test_what_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert open_shards() == Shards(2, 1, 2) and open_shards(4) == Shards(4, 1, 2)
     assert not open_shards().writes and ALONE.writes
+
+
+@pytest.mark.parametrize(("world", "rank"), [("two", "0"), ("2", "2"), ("0", "0"), ("", "1"), ("2", "-1")])
+def test_an_environment_that_torchrun_does_not_make_is_refused(
+    monkeypatch: pytest.MonkeyPatch, world: str, rank: str
+) -> None:
+    """A process that takes itself for the second of one would wait for nobody and write nothing."""
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(InputError, match=f"RANK={rank}"):
+        open_shards()

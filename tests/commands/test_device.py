@@ -97,6 +97,23 @@ def test_a_baseline_is_held_on_a_device(
 
 
 @pytest.mark.slow
+def test_a_baseline_that_was_made_on_the_device_has_its_speed_and_its_bits(
+    capsys: pytest.CaptureFixture[str], finished: Path, texts: tuple[str, str], tmp_path: Path, places: Path
+) -> None:
+    """Of this machine's neither can be held there: the runner is another program."""
+    file, there = str(tmp_path / "x.afqb"), ["--eval", texts[1], "--device", "host"]
+    short = ["--window", "32", "--windows", "4", "--speed"]
+    assert call(["baseline", "create", str(finished), "--out", file, *there, *short]) == 0
+    said = ["--who", "Ada", "--what", "nothing", "--why", "to see"]
+    assert call(["baseline", "update", str(finished), "--baseline", file, *there, *said]) == 0
+    capsys.readouterr()
+    assert call(["check", str(finished), "--baseline", file, *there, "--slowdown", "0.9", "--json"]) == 0
+    gates = {gate["name"]: gate["status"] for gate in json.loads(capsys.readouterr().out)["gates"]}
+    assert gates["speed"] == gates["identical"] == "passed"
+    assert left(places) == []
+
+
+@pytest.mark.slow
 def test_validate_runs_it_there_too(capsys: pytest.CaptureFixture[str], finished: Path) -> None:
     given = ["--device", "host", "--device-windows", "1", "--device-window", "24", "--threads", "1", "--json"]
     code = call(["validate", str(finished), *given])

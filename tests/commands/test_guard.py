@@ -137,6 +137,8 @@ def test_a_runner_without_a_device_is_refused(refused: Refused, finished: Path, 
     line = refused(*check(finished, base, texts[1], "--runner", "own"))
     assert line == "--runner is for a device [own]; name one with --device"
     assert refused("validate", str(finished), "--runner", "own").startswith("--runner is for a device [own]")
+    made = ["baseline", "create", str(finished), "--out", str(base) + ".new", "--runner", "own"]
+    assert refused(*made).startswith("--runner is for a device [own]")
 
 
 def test_one_document_and_the_verdict_whatever_the_summary(

@@ -6,12 +6,14 @@ import argparse
 import importlib
 import math
 import statistics
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import msgspec
 import pytest
 
+from afq_export.errors import InputError
 from afq_export.spec.catalog import data_root, load_recipe
 from afq_export.spec.history import EpochRecord, History
 from afq_export.spec.report import Perplexity
@@ -53,6 +55,10 @@ def test_a_run_is_the_exported_files_figure_and_is_not_done_twice(
         for _ in range(2):
             reproduce.exported_run("demo-llama", setting, "w4a4", method, factor, arguments(tmp_path))
     assert capfd.readouterr().err.count("w4a4") == 2
+    other = arguments(tmp_path)
+    other.set = ["samples.windows=3"]
+    with pytest.raises(InputError, match="figures of another recipe"):
+        reproduce.exported_run("demo-llama", setting, "w4a4", "round-to-nearest", None, other)
     plain, nearest, learned = figures.read(tmp_path)
     assert (plain.method, nearest.method, learned.stability_factor) == ("float", "round-to-nearest", 1.0)
     assert nearest.kernels == ("MatMulInteger", "MatMulInteger-a4")
@@ -60,6 +66,23 @@ def test_a_run_is_the_exported_files_figure_and_is_not_done_twice(
     assert plain.perplexity.value < learned.perplexity.value != nearest.perplexity.value
     assert len(learned.calibration[0].epochs) == 1 and not nearest.calibration[0].epochs
     assert figures.find([plain, nearest, learned], "demo-llama", "w4a4", "AffineQuant") is None, "it is the sweep's"
+
+
+def test_the_model_that_is_not_named_is_not_the_demo_model(
+    paper: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--out", "x", "--model", "SmolLM2-135M"])
+    with pytest.raises(SystemExit) as ended:
+        paper[0].parse()
+    assert ended.value.code == 2 and "--smollm2" in capfd.readouterr().err
+
+
+def test_results_are_one_row_a_line(paper: tuple[ModuleType, ModuleType]) -> None:
+    reproduce, figures = paper
+    text = (FOLDER / "results.json").read_text(encoding="utf-8")
+    rows = msgspec.json.decode(text, type=list[reproduce.Row])
+    assert len(text.splitlines()) == len(rows) + 2
+    assert figures.one_a_line(rows) == text
 
 
 def row(reproduce: ModuleType, method: str, losses: tuple[float, ...], **facts: object) -> object:

@@ -10,6 +10,7 @@ import pytest
 from afq_export.calibrate.result import block_path, rotation_path
 from afq_export.job import resolve
 from afq_export.pipeline import Outcome
+from afq_export.plan import program_size
 from afq_export.quantize.checkpoint import open_checkpoint
 from tests.end_to_end.runs import Runs, copy_of, digests, run
 
@@ -43,6 +44,27 @@ def test_with_both_the_file_is_the_integer_reference(runs: Runs, target: str, mo
     text = (outcome.bundle.folder / "report.md").read_text(encoding="utf-8")
     assert "not folded, in the program: down_hadamard" in text
     assert f"{cost.share:.1%}" in text
+
+
+def test_a_matrix_behind_every_norm_stays_in_the_file(runs: Runs) -> None:
+    more = ("transforms.norm_to_linears=affine", "samples.windows=8", "learning.epochs=2")
+    changes = ('transforms.online=["norm_matrix"]', *more)
+    outcome = runs("demo-opt", "w4a4+affinequant", target="linux-x64-ort", tiny=True, window=64, changes=changes)
+    report = outcome.report
+    assert report.verdict == "pass", [check for check in report.checks if check.status != "passed"]
+    assert report.agreement.bit_for_bit == 1
+    assert report.fold.max_relative_error_float64 < 1e-9
+    floats = [open_checkpoint(outcome.folder.quantized).block_floats(index) for index in range(2)]
+    found = [of_block[f"{norm}.matrix"] for of_block in floats for norm in ("attn_norm", "mlp_norm")]
+    assert any(float(matrix.triu(1).abs().max()) > 1e-3 for matrix in found), "diagonals would have folded"
+    (cost,) = report.online
+    assert cost.name == "norm_matrix" and cost.bytes == sum(4 * matrix.numel() for matrix in found)
+    refused = {item.what: item.count for item in report.coverage.refused}
+    assert refused["MatMul by a matrix behind a norm"] == len(found) == 4
+    assert "not folded, in the program: norm_matrix" in (outcome.bundle.folder / "report.md").read_text("utf-8")
+    planned = program_size(resolve(_request(outcome)))
+    assert planned.total == pytest.approx(outcome.bundle.model_bytes, rel=0.02)
+    assert cost.bytes > 0.1 * planned.total, "what was forgotten would show"
 
 
 def test_without_there_is_no_such_matrix(runs: Runs) -> None:

@@ -1,14 +1,16 @@
-"""A Hadamard matrix in the graph: the same function, in all families, its cost counted, only where it has a kernel."""
+"""Matrices in the graph, Hadamard's and those behind norms: the same function, in all families, their cost counted,
+only where they have a kernel."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, family
 from afq_export.arch.ops import FloatOps, block_hadamard, hadamard_matrix
 from afq_export.errors import InputError
@@ -16,13 +18,16 @@ from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.fold.forms import choose_forms
 from afq_export.fold.online import online_config, online_costs, with_online
 from afq_export.fold.rotation import rotate
+from afq_export.fold.sites import fold_block
 from afq_export.load.checkpoint import FloatCheckpoint
 from afq_export.load.model import open_model
 from afq_export.quantize.assign import assign
 from afq_export.spec.catalog import load_recipe, load_target
+from afq_export.spec.online import Online
 from afq_export.spec.recipe import Transforms
+from afq_export.spec.sites import FoldSite, Form, SiteKind
 from afq_export.validate.fold_check import TOLERANCE, measure_fold
-from tests.fold.test_identities import random_block
+from tests.fold.test_identities import configs, difference, random_block, random_transform
 from tests.models import llama_config, opt_config, write_model
 
 IDS = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(1))
@@ -73,11 +78,16 @@ def test_nothing_folds_across_it(model: FloatCheckpoint) -> None:
 
 def test_the_cost_is_counted() -> None:
     config = llama_config(intermediate=48)
-    (cost,) = online_costs(online_config(config, ONLINE))
+    (cost,) = online_costs(config, ONLINE)
     linears = sum(o * i for o, i, _ in family(config).linear_shapes(config).values())
-    assert (cost.size, cost.macs) == (16, 48 * 16 * config.layers)
+    assert (cost.size, cost.macs, cost.bytes) == (16, 48 * 16 * config.layers, 4 * 16 * 16)
     assert cost.share == pytest.approx(48 * 16 / linears)
-    assert online_costs(config) == ()
+    assert online_costs(config, Transforms()) == ()
+    _, behind = online_costs(config, Transforms(online=("down_hadamard", "norm_matrix"), norm_to_linears="affine"))
+    more = 2 * config.hidden**2
+    assert (behind.size, behind.macs) == (config.hidden, more * config.layers)
+    assert behind.share == pytest.approx(more / linears)
+    assert behind.bytes == 4 * more * config.layers
 
 
 def test_an_odd_width_has_none() -> None:
@@ -89,10 +99,56 @@ def test_off_is_the_model_itself(model: FloatCheckpoint) -> None:
     assert with_online(model, Transforms()) is model
 
 
-@pytest.mark.parametrize("target", ["intel-openvino", "android-vulkan", "ethos-u85"])
-def test_other_targets_refuse_it_early(tmp_path: Path, target: str) -> None:
-    config = llama_config()
+@pytest.mark.parametrize(
+    ("target", "online"),
+    [(target, online) for target in ("intel-openvino", "android-vulkan", "ethos-u85") for online in get_args(Online)]
+    + [("android-xnnpack", "norm_matrix")],
+)
+def test_other_targets_refuse_it_early(target: str, online: str) -> None:
     profile = load_target(target)
-    recipe = load_recipe(profile.default_recipe, ('transforms.online=["down_hadamard"]',))
-    with pytest.raises(InputError, match="online"):
-        assign(config, recipe, profile)
+    recipe = load_recipe(profile.default_recipe, (f'transforms.online=["{online}"]',))
+    with pytest.raises(InputError, match=f"online = '{online}'.: only float programs of ONNX Runtime"):
+        assign(llama_config(), recipe, profile)
+
+
+def norm_sites(config: DecoderConfig) -> dict[str, FoldSite]:
+    return {site.name: site for site in family(config).fold_sites(config) if site.kind is SiteKind.NORM_TO_LINEARS}
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(config=configs(), shift=st.booleans(), seed=st.integers(0, 99))
+def test_a_block_with_matrices_behind_its_norms_is_the_same_function(
+    config: DecoderConfig, shift: bool, seed: int
+) -> None:
+    weights = random_block(config, seed)
+    sites = norm_sites(config)
+    transforms = {
+        name: random_transform(site, Form.PER_HEAD, shift and site.shift, seed) for name, site in sites.items()
+    }
+    folded = fold_block(tuple(sites.values()), transforms, weights)
+    assert {f"{name}.matrix" for name in sites} == folded.keys() - weights.keys()
+    assert difference(config, weights, folded) < TOLERANCE
+    forgotten = {name: tensor for name, tensor in folded.items() if not name.endswith(".matrix")}
+    assert difference(config, weights, forgotten) > 1e-3
+
+
+@pytest.mark.parametrize("rotation", ["off", "hadamard"])
+def test_the_model_with_matrices_behind_its_norms_is_the_same_function(model: FloatCheckpoint, rotation: str) -> None:
+    found = {name: random_transform(site, Form.PER_HEAD, False, 3) for name, site in norm_sites(model.config).items()}
+    assert measure_fold(model, FoldedCheckpoint(rotate(model, rotation, 0), lambda index: found), IDS).passed
+
+
+def test_a_matrix_behind_a_norm_is_chosen_where_it_is_asked_for_only() -> None:
+    config, asked = llama_config(), Transforms(online=("norm_matrix",), norm_to_linears="affine")
+    forms = {choice.site.name: choice.form for choice in choose_forms(config, asked)}
+    assert {forms["attn_norm"], forms["mlp_norm"]} == {Form.PER_HEAD}
+    with pytest.raises(InputError, match=r"does not fold .* let it stay: transforms.online = \['norm_matrix'\]"):
+        choose_forms(config, Transforms(norm_to_linears="affine"))
+    with pytest.raises(InputError, match="'diagonal' learns none; set"):
+        choose_forms(config, Transforms(online=("norm_matrix",), norm_to_linears="diagonal"))
+
+
+def test_nothing_learned_is_nothing_to_multiply_by() -> None:
+    changes = ('transforms.online=["norm_matrix"]', "transforms.norm_to_linears=affine", "learning.epochs=0")
+    with pytest.raises(InputError, match=r"learning\.epochs = 0"):
+        assign(llama_config(), load_recipe("w4a4+affinequant", changes), load_target("linux-x64-ort"))

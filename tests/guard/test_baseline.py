@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from afq_export.errors import InputError, VerdictError
-from afq_export.guard.baseline import create, first_losses, mean_divergence, refuse_overwriting, stored_tokens, update
+from afq_export.guard.baseline import (
+    create,
+    first_losses,
+    mean_divergence,
+    refuse_overwriting,
+    stored_tokens,
+    today,
+    update,
+)
 from afq_export.guard.compare import agreement, paired
 from afq_export.guard.facts import differences
 from afq_export.guard.gates import drift_gate
@@ -147,6 +155,10 @@ def test_the_date_of_a_reproducible_build(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     made: Baseline = create(Measured(facts(), tokens(), None), protocol())
     assert made.created == "1970-01-02"
+    for beyond in ("9" * 14, "9" * 30, "9" * 5000):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", beyond)
+        with pytest.raises(InputError, match="SOURCE_DATE_EPOCH is no date"):
+            today()
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from afq_export.arch.ops import PlainSums
 from afq_export.lower.onnx.cache import write_cached
 from afq_export.lower.onnx.embedding import write_rows
 from afq_export.lower.onnx.graph import OnnxGraph
-from afq_export.lower.onnx.hadamard import write_hadamard
+from afq_export.lower.onnx.hadamard import write_hadamard, write_product
 from afq_export.lower.onnx.linears import write_linear
 from afq_export.lower.onnx.operand import Operand, activate
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.spec.online import MATRIX_KIND
 from afq_export.spec.target import TargetProfile
 
 BATCH, SEQUENCE = "batch", "sequence"
@@ -51,7 +52,9 @@ class OnnxOps(PlainSums):
 
     def norm(self, role: str, x: Operand) -> Operand:
         names = [f"{role}.{kind}" for kind in ("weight", "bias") if f"{role}.{kind}" in self.floats]
-        return write_norm(self.config, x, *(self._tensor(x.graph, name) for name in names))
+        y = write_norm(self.config, x, *(self._tensor(x.graph, name) for name in names))
+        name = f"{role}.{MATRIX_KIND}"
+        return write_product(y, self._tensor(x.graph, name)) if name in self.floats else y
 
     def rotate(self, x: Operand, rope: tuple[str, str]) -> Operand:
         return write_rotation(x, rope, self.positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -19,16 +20,19 @@ from afq_export.lower.onnx.decoder import (
     write_rotation,
 )
 from afq_export.lower.onnx.graph import OnnxGraph
-from afq_export.lower.onnx.hadamard import write_hadamard
+from afq_export.lower.onnx.hadamard import write_hadamard, write_product
 from afq_export.lower.onnx.operand import Operand, Shape, activate
 from afq_export.lower.onnx.parts import Part, part_model
 from afq_export.lower.onnx.probe import linears_model
 from afq_export.quantize.checkpoint import QuantizedLinear
 from afq_export.runtime.onnxruntime import RunOptions
+from afq_export.spec.online import MATRIX_KIND
 from afq_export.spec.target import TargetProfile
 
 LINEARS = 16
 """Linears that are kept loaded: more than a block has."""
+MATRICES = 4
+"""Matrices behind norms that are kept loaded: those of two blocks."""
 
 
 class OnnxFloatParts:
@@ -43,6 +47,7 @@ class OnnxFloatParts:
         self.opset, self.target, self.options, self.kept = opset, target, options, kept
         self._parts: dict[tuple, Part] = {}
         self._linears: dict[str, Part] = {}
+        self._matrices: dict[str, Part] = {}
 
     def linear(self, linear: QuantizedLinear, x: Tensor) -> Tensor | None:
         """MatMulNBits alone, in the calls that a session makes: it adds floats in an order that depends on its rows."""
@@ -61,7 +66,8 @@ class OnnxFloatParts:
         named = {kind: weights[f"{role}.{kind}"] for kind in ("weight", "bias") if f"{role}.{kind}" in weights}
         inputs: dict[str, Shape] = dict.fromkeys(named, (x.shape[-1],))
         part = self._part(("norm", x.shape[-1], *named), x, inputs, lambda x: write_norm(config, x, *named))
-        return _run(part, x, **named)
+        y, matrix = _run(part, x, **named), weights.get(f"{role}.{MATRIX_KIND}")
+        return y if matrix is None else self._product(y, matrix)
 
     def rotate(self, x_BTHd: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         heads, width = x_BTHd.shape[2:]
@@ -84,6 +90,19 @@ class OnnxFloatParts:
     def hadamard(self, x: Tensor, size: int) -> Tensor:
         part = self._part(("hadamard", size), x, {}, lambda x: write_hadamard(x, size))
         return _run(part, x).view(x.shape)
+
+    def _product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """`x` [N, T, D] times a matrix that the model has: the runtime packs such ones, and may add in another order
+        than for one that it is given. In the calls that a session makes, since a single row may have its own kernel."""
+        key = hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest()
+        if key not in self._matrices:
+            if len(self._matrices) == MATRICES:
+                self._matrices.clear()
+            graph, shape = OnnxGraph(), (BATCH, SEQUENCE, x.shape[-1])
+            y = write_product(Operand.of(graph, "x", shape), graph.tensor("matrix", matrix.numpy()))
+            self._matrices[key] = Part(part_model(graph, {"x": shape}, {y.value: shape}, self.opset), self.options)
+        calls = (part for window in x for part in window.split(self.options.prefill))
+        return torch.cat([_run(self._matrices[key], part[None])[0] for part in calls]).view(x.shape)
 
     def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         return torch.stack([self._attend(*window) for window in zip(q_BTHd, k_BTKd, v_BTKd, strict=True)])

@@ -45,6 +45,8 @@ def lower_onnx(
     model = build(checkpoint, target, provenance, progress, beside)
     if beside.exists() and beside.stat().st_size <= target.onnx.external_data_mb * MEGABYTE:
         load_external_data_for_model(model, str(folder))
+        for tensor in model.graph.initializer:  # it says that they are in the file, which the file need not
+            tensor.ClearField("data_location")
         beside.unlink()
     onnx.save(model, path)
     del model

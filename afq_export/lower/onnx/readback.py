@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from afq_export.errors import InputError
-from afq_export.lower.onnx.hadamard import MATRIX
+from afq_export.lower.onnx.hadamard import online_product
 from afq_export.lower.onnx.linears import MIDDLE
 from afq_export.lower.stored import StoredLinear
 from afq_export.quantize.activations import LEAST_LARGEST
@@ -25,10 +25,6 @@ from afq_export.quantize.checkpoint import StaticRange
 
 INTEGER = {8: "MatMulInteger", 4: "MatMulInteger on int4 inputs"}
 """Bits of a MatMulInteger's activations -> what its linear is called here."""
-
-
-HADAMARD = "MatMul by a Hadamard matrix"
-"""What the product of hadamard.py is called here: every other MatMul is a linear."""
 
 Read = TypeVar("Read")
 
@@ -103,8 +99,8 @@ def read_model(model: ModelProto, folder: Path | None = None) -> OnnxContent:
 
 
 def _operator(node: NodeProto) -> str:
-    """The operator, or HADAMARD for the product that is no linear."""
-    return HADAMARD if node.op_type == "MatMul" and node.input[1] == MATRIX else node.op_type
+    """The operator, or what hadamard.py calls a product that is no linear."""
+    return (online_product(node.input[1]) if node.op_type == "MatMul" else "") or node.op_type
 
 
 class _Reader:

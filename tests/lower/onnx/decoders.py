@@ -30,6 +30,7 @@ from afq_export.quantize.checkpoint import (
 from afq_export.quantize.grid import round_scales
 from afq_export.runtime.onnxruntime import OnnxSession, RunOptions, open_session
 from afq_export.spec.catalog import load_recipe, load_target
+from afq_export.spec.online import MATRIX_KIND, NORM_MATRIX
 from afq_export.spec.quant import QuantSpec, linear_name
 from afq_export.spec.recipe import Recipe
 from afq_export.spec.target import Shapes, TargetProfile
@@ -66,6 +67,8 @@ def decoder_checkpoint(
     for index in range(config.layers):
         names = [linear_name(index, role) for role in family(config).linear_shapes(config)]
         floats = norms(config, [*family(config).block_names(config, index)], "float.", random)
+        if NORM_MATRIX in recipe.transforms.online:
+            floats |= matrices(config, random)
         blocks.append(QuantizedPart(tuple(linear_of(records[name], random) for name in names), floats))
     outer = norms(config, [*family(config).head_names(config)], "head.float.", random)
     if config.family == "opt":
@@ -115,6 +118,15 @@ def norms(config: DecoderConfig, names: list[str], prefix: str, random: torch.Ge
         width = config.head_dim if name.startswith(("q_norm", "k_norm")) else config.hidden
         found[prefix + name] = 0.1 * torch.randn(width, generator=random) + name.endswith("weight")
     return found
+
+
+def matrices(config: DecoderConfig, random: torch.Generator) -> dict[str, Tensor]:
+    """Those behind the norms of a block: dense, and near enough to one that outputs stay of order one."""
+    size = config.hidden
+    return {
+        f"float.{norm}.{MATRIX_KIND}": torch.eye(size) + torch.randn(size, size, generator=random) / size
+        for norm in family(config).NORMS
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +183,7 @@ def random_ids(vocab: int, count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+BEHIND_NORMS = (f'transforms.online=["{NORM_MATRIX}"]', "transforms.norm_to_linears=affine", "learning.epochs=1")
 STATIC_OUTPUT = ('activations.output="static"',)
 CASES: dict[str, tuple[DecoderConfig, str, tuple[str, ...]]] = {
     "llama, heads of 8": (decoder_config(head_dim=8, kv_heads=4), "w8a8-dynamic", ()),
@@ -194,6 +207,8 @@ CASES: dict[str, tuple[DecoderConfig, str, tuple[str, ...]]] = {
     "opt, cache of 4 bits": (decoder_config("opt", layers=1), "w4a8", ("kv_cache.bits=4", "kv_cache.group=8")),
     "opt, float rows": (decoder_config("opt", layers=1), "w4a8", ("embedding.bits=32",)),
     "llama, Hadamard matrices": (decoder_config(kv_heads=1, down_hadamard=32), "w8a8-static", ()),
+    "llama, matrices behind norms": (decoder_config(kv_heads=1), "w4a4", BEHIND_NORMS),
+    "opt, matrices behind norms": (decoder_config("opt", layers=1), "w8a8-static", BEHIND_NORMS),
 }
 """Name -> configuration, scheme and changes of the recipe: all families, head shapes, kernels and embeddings."""
 

@@ -25,9 +25,11 @@ from afq_export.arch import decoder
 from afq_export.lower.onnx.cache import OPSET, read_back
 from afq_export.lower.onnx.float_parts import OnnxFloatParts
 from afq_export.lower.onnx.graph import OnnxGraph
+from afq_export.lower.onnx.hadamard import BEHIND_NORM
 from afq_export.lower.onnx.interface import dummy_inputs
 from afq_export.lower.onnx.program import opset_of
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
+from afq_export.spec.online import MATRIX_KIND
 from afq_export.validate.evaluate import hidden_states
 from afq_export.validate.onnxruntime import executed_kernels
 from afq_export.validate.rungs import QuantizedRung, fake_quant_rung, integer_rung
@@ -122,12 +124,24 @@ def test_the_integer_reference_is_the_runtime_bit_for_bit(case: Lowered) -> None
     assert np.array_equal(case.session().logits(ids).numpy(), reference)
 
 
+@pytest.mark.parametrize("name", ["llama, matrices behind norms", "opt, matrices behind norms"])
+def test_a_last_call_of_one_token_is_the_reference_too(decoders: Decoders, name: str) -> None:
+    """A float product with one row may have a kernel of its own, which adds in another order."""
+    case, ids = decoders(name), random_ids(96, 2 * PREFILL + 1)
+    parts = OnnxFloatParts(opset_of(case.checkpoint, case.target), case.target, case.options)
+    reference = logits(integer_rung(case.checkpoint, case.target, parts=parts), ids)
+    assert np.array_equal(case.session().logits(ids).numpy(), reference)
+
+
 def test_every_linear_runs_as_its_kernel(case: Lowered) -> None:
     ran = executed_kernels(case.path, case.options, random_ids(case.config.vocab, 4))
     for name, record in case.checkpoint.records.items():
         assert ran[name] == case.target.kernel(record.kernel).runs_as, name
     float_products = [name for name, kernel in ran.items() if kernel in ("MatMul", "Gemm", "FusedMatMul")]
-    assert len(float_products) == (case.config.layers if case.config.down_hadamard else 0)
+    operators, floats = case.content.operators, case.checkpoint.block_floats(0)
+    behind = sum(name.endswith(MATRIX_KIND) for name in floats) * case.config.layers
+    assert operators.get(BEHIND_NORM, 0) == behind
+    assert len(float_products) == behind + (case.config.layers if case.config.down_hadamard else 0)
 
 
 def test_a_prefill_in_chunks_is_the_whole_one(case: Lowered) -> None:

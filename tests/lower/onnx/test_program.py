@@ -57,6 +57,7 @@ def test_nothing_of_this_machine_is_in_the_file(case: Lowered) -> None:
     assert not model.doc_string and not model.graph.doc_string
     assert not any(node.doc_string or node.metadata_props for node in model.graph.node)
     assert not any(tensor.doc_string or tensor.metadata_props for tensor in model.graph.initializer)
+    assert not any(tensor.HasField("data_location") for tensor in model.graph.initializer), "a trace of files"
 
 
 def test_the_file_says_what_it_is_and_how_it_is_run(case: Lowered) -> None:
