@@ -80,9 +80,9 @@ def test_the_same_bytes_wherever_it_runs(undisturbed: dict[str, str], tmp_path: 
         "HOME": str(home),
         "PYTHONHASHSEED": "77",
     }
-    odd |= {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", "COLUMNS": "20", "SOURCE_DATE_EPOCH": "1"}
-    jumping = "tests.end_to_end.jumping"
-    finish(tmp_path / "run", module=jumping, cwd=tmp_path, env={**os.environ, **odd}, umask=0o077)
+    clock = Path(__file__).with_name("jumping_clock")
+    odd |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{clock}", "PYTHONUTF8": "0", "COLUMNS": "20", "SOURCE_DATE_EPOCH": "1"}
+    finish(tmp_path / "run", cwd=tmp_path, env={**os.environ, **odd}, umask=0o077)
     assert digests(tmp_path / "run") == undisturbed
 
 
