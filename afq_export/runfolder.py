@@ -22,6 +22,7 @@ import msgspec
 from afq_export.errors import InputError
 from afq_export.files import sweep, write_json, write_text
 from afq_export.lock import hold
+from afq_export.machine import give_back_memory
 from afq_export.spec.strict import Data
 
 IGNORE_ALL = "*\n"
@@ -94,6 +95,7 @@ class RunFolder:
                 self._add_cost(name, time.monotonic() - start)
             raise
         self._add_cost(name, time.monotonic() - start)
+        give_back_memory()
 
     def _add_cost(self, stage: str, seconds: float) -> None:
         data = self.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 
 from afq_export.arch import decoder
 from afq_export.arch.config import DecoderConfig
@@ -70,6 +72,18 @@ def test_program_is_the_integer_reference(case: str, tmp_path: Path) -> None:
     assert relative(chunked, expected) < RELATIVE
     assert relative(single, expected) < RELATIVE
     assert torch.equal(session.logits(ids), chunked), "the cache of an earlier sequence shows through"
+
+
+def test_nothing_of_a_program_stays_in_memory(tmp_path: Path) -> None:
+    """Neither its delegates nor their weights, once it is bytes."""
+
+    def delegates() -> int:
+        gc.collect()
+        return sum(type(found) is LoweredBackendModule for found in gc.get_objects())
+
+    before, checkpoint = delegates(), random_checkpoint(tmp_path / "quantized", small_config(layers=1))
+    lowered = lower_program(checkpoint, SMALL_TARGET, silent)
+    assert lowered.pte and delegates() == before
 
 
 @pytest.mark.parametrize("group", [0, 16])

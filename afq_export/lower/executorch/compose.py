@@ -16,6 +16,7 @@ from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchPro
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from afq_export.lower.executorch.graph import Tokens
 from afq_export.lower.executorch.segments import Segment
@@ -57,7 +58,19 @@ def export_program(
         program = to_edge(exported, compile_config=config).exported_program()
         _splice(program.graph_module, {segment.name: segment for segment in segments})
         # A new manager, because it collects the delegates' constants when it is made.
-        return EdgeProgramManager(program, dict(metadata or {}), config).to_executorch()
+        finished = EdgeProgramManager(program, dict(metadata or {}), config).to_executorch()
+    _forget_traces(program.graph_module)
+    return finished
+
+
+def _forget_traces(module: torch.fx.GraphModule) -> None:
+    """Empties torch's memory of traced calls. It holds the delegates, and with them all weights, in a circle through
+    symbolic sizes in C++ that no garbage collector sees: each program would stay in memory for good."""
+    for node in module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            value.fake_mode.shape_env.fake_tensor_cache.clear()
+            return
 
 
 def _splice(module: torch.fx.GraphModule, segments: Mapping[str, Segment]) -> None:
