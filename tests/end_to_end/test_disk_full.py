@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if mounted.returncode:
         pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    gc.collect()  # mapped files of what was read there
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def resize(disk: Path, kib: int) -> None:
