@@ -5,7 +5,7 @@
 What is counted is the resident memory of the process and of everything that it starts, summed: all of it for the peak,
 which `plan` must have promised, and the anonymous part (what the program holds itself, no mapped files) for growth.
 Exit code 1 when a run takes more than the plan said and its accuracy allows, or when the last round leaves more behind
-than the second did. The first round is not compared: it imports the runtimes and fills their caches. Linux only (/proc).
+than the second did. The first round is not compared: it imports the runtimes, fills their caches. Linux only (/proc).
 """
 
 from __future__ import annotations
