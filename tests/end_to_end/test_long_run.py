@@ -63,7 +63,7 @@ def test_a_child_in_its_parents_memory_is_not_counted_twice(long_run: ModuleType
 def test_growth_and_broken_promises_fail(long_run: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(long_run, "ask", lambda arguments: {"memory": {"calibrate": 100.0, "lower": 90.0}})
     monkeypatch.setattr(long_run.Sampler, "start", lambda self: None)
-    for after, peak, code in (((9, 50, 50), 99.0, 0), ((9, 50, 99), 99.0, 1), ((9, 50, 50), 101.0, 1)):
+    for after, peak, code in (((9, 50, 50), 119.0, 0), ((9, 50, 99), 99.0, 1), ((9, 50, 50), 121.0, 1)):
         left = iter(after)
         row = {"before": 0.0, "peak": peak, "seconds": 1.0}
         monkeypatch.setattr(long_run, "one_run", lambda *_, row=row, left=left: row | {"after": float(next(left))})
