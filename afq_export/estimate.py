@@ -7,12 +7,10 @@ weights; the constants were measured (examples/benchmarks/README.md, scale). W w
 from __future__ import annotations
 
 import math
-import resource
-from pathlib import Path
 
 from afq_export.calibrate.rotation import step_operations
 from afq_export.job import Job, activations
-from afq_export.runfolder import peak_rss_mb
+from afq_export.machine import peak_rss_mb, resident_mb
 from afq_export.spec.report import Size
 from afq_export.spec.strict import Data
 
@@ -202,14 +200,14 @@ def _block_seconds(job: Job, gflops: float) -> float:
     seconds = BLOCK_SECONDS + PASSES * tokens * plain + WEIGHT_PASSES * weights
     seconds += recipe.learning.epochs * 3 * tokens * learned + steps * step
     if recipe.transforms.start == "search" or recipe.learning.clipping != "off":
-        products = 4 * SEARCH_ROWS * block_elements(job) / (EFFICIENCY * gflops * 1e9)
+        products = _product_seconds(4 * SEARCH_ROWS * block_elements(job), gflops)
         seconds += SEARCH_SECONDS + SEARCHED * (2 * weights + products)
     if rounding.method == "learned":
         share = rounding.steps * rounding.batch / windows
         seconds += share * 3 * tokens * rounded + rounding.steps * step
     elif rounding.method == "gptq":
         config, sides = job.model.config, 2 if rounding.asymmetric else 1
-        hessians = 2 * sides * (3 * config.hidden**2 + config.intermediate**2) / (EFFICIENCY * gflops * 1e9)
+        hessians = _product_seconds(2 * sides * (3 * config.hidden**2 + config.intermediate**2), gflops)
         seconds += tokens * (GPTQ_PASSES * rounded + hessians) + GPTQ_WEIGHT_PASSES * weights
     return seconds
 
@@ -228,9 +226,7 @@ def _token_seconds(job: Job, length: int, gflops: float, precision: str = "float
     """The forward pass of one block for a token of a window of `length`."""
     config = job.model.config
     operations = 2 * block_elements(job) + 4 * length * config.heads * config.head_dim
-    products = operations / (EFFICIENCY * gflops * 1e9)
-    factor = HALF_SPEED if precision == "bfloat16" else 1.0
-    return products / factor + TOKEN_SECONDS * (config.hidden + config.intermediate)
+    return _product_seconds(operations, gflops, precision) + TOKEN_SECONDS * (config.hidden + config.intermediate)
 
 
 def _fold_tokens(job: Job) -> int:
@@ -240,30 +236,30 @@ def _fold_tokens(job: Job) -> int:
 
 def _head_seconds(job: Job, gflops: float, precision: str = "float32") -> float:
     """Logits of one token."""
+    return _product_seconds(2 * job.model.config.vocab * job.model.config.hidden, gflops, precision)
+
+
+def _product_seconds(operations: float, gflops: float, precision: str = "float32") -> float:
+    """Products of so many floating-point operations."""
     factor = HALF_SPEED if precision == "bfloat16" else 1.0
-    return 2 * job.model.config.vocab * job.model.config.hidden / (EFFICIENCY * gflops * 1e9) / factor
+    return operations / (EFFICIENCY * gflops * 1e9) / factor
 
 
 def _weight_seconds(job: Job) -> float:
     """One pass through the weights of a block."""
-    linears = [r.spec.outputs * r.spec.inputs for r in job.records.values() if r.spec.block == 0]
-    return sum(n * (LARGE_WEIGHT_SECONDS if n > LARGE else WEIGHT_SECONDS) for n in linears)
+    return sum(n * (LARGE_WEIGHT_SECONDS if n > LARGE else WEIGHT_SECONDS) for n in _block_linears(job))
 
 
 def block_elements(job: Job) -> int:
     """Weights of the linears of one block."""
-    return sum(r.spec.outputs * r.spec.inputs for r in job.records.values() if r.spec.block == 0)
+    return sum(_block_linears(job))
+
+
+def _block_linears(job: Job) -> list[int]:
+    """Weights of each linear of a block."""
+    return [r.spec.outputs * r.spec.inputs for r in job.records.values() if r.spec.block == 0]
 
 
 def _row_bytes(job: Job) -> int:
     """Token rows in float32."""
     return job.model.config.vocab * job.model.config.hidden * 4
-
-
-def resident_mb() -> float:
-    """Resident memory of this process now, in MB; where the system does not say, the most that it has been."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    except OSError:
-        return peak_rss_mb()
-    return pages * resource.getpagesize() / 1e6

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 import platform
+import resource
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,20 @@ def memory_mb() -> float | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB (Linux counts it in KiB)."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
+
+
+def resident_mb() -> float:
+    """Resident memory of this process now, in MB; where the system does not say, the most that it has been."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    except OSError:
+        return peak_rss_mb()
+    return pages * resource.getpagesize() / 1e6
 
 
 def cpu_name() -> str:

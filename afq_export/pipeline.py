@@ -101,7 +101,7 @@ def run_calibrate(job: Job, folder: RunFolder, progress: Progress) -> Calibratio
         return calibration
     with folder.stage("calibrate") if job.shards.writes else contextlib.nullcontext():
         source = job.source(_learned_rotation(job, folder, progress))
-        store = dataclasses.replace(choose_store(activations(job), place), device=torch.device(job.device))
+        store = choose_store(activations(job), place, torch.device(job.device))
         if not blocks_done:
             calibrate(source, recipe, job.records, job.calibration, place, seed, progress, bits, store, job.shards)
         if recipe.end_to_end.steps and job.shards.writes:  # one process does, the others are done

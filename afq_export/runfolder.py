@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ import msgspec
 from afq_export.errors import InputError
 from afq_export.files import sweep, write_json, write_text
 from afq_export.lock import hold
-from afq_export.machine import give_back_memory
+from afq_export.machine import give_back_memory, peak_rss_mb
 from afq_export.spec.strict import Data
 
 IGNORE_ALL = "*\n"
@@ -182,11 +181,6 @@ def refuse_difference(old: dict[str, str], new: dict[str, str], path: Path) -> N
         why="; ".join(shown) + more,
         do="name another folder with --out, or start over with --fresh",
     )
-
-
-def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MB (Linux counts it in KiB)."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1)
 
 
 def _short(value: str | None) -> str:

@@ -82,8 +82,12 @@ class FloatOps(PlainSums):
         weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
         if self.config.family == "opt":
             return F.layer_norm(x, (x.shape[-1],), weight, bias, self.config.norm_eps)
-        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
+        y = self.rms_norm(x, weight)
         return y if bias is None else y + bias
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.norm_eps) * weight
 
 
 def spread(config: DecoderConfig, ops: Ops, x: Tensor) -> Tensor:

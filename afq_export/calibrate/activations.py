@@ -128,9 +128,9 @@ class Activations:
         return Activations(HELD * windows * length * hidden * 4 / 1e6, usual if budget_mb is None else budget_mb)
 
 
-def choose_store(activations: Activations, folder: Path) -> ActivationStore:
+def choose_store(activations: Activations, folder: Path, device: torch.device = CPU) -> ActivationStore:
     """Memory, or files in `folder` for what is more than may be there."""
-    return ActivationStore(folder) if activations.spilled else IN_MEMORY
+    return ActivationStore(folder if activations.spilled else None, device)
 
 
 def _reserve(file: int, size: int) -> None:

@@ -54,12 +54,8 @@ class QuantizedPathOps(FloatOps):
         after = self.ranges[role][1] if self.ranges else None
         return fake_quantize_static(y, after or seen_range(y, self._bits(role)))
 
-    def _normalised(self, role: str, x: Tensor) -> Tensor:
-        weight, bias = self.weights[f"{role}.weight"], self.weights.get(f"{role}.bias")
-        if self.config.family == "opt":
-            return super()._normalised(role, x)
-        y = rms_norm(x, weight, self.config.norm_eps)
-        return y if bias is None else y + bias
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.config.norm_eps)
 
     def rotate(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return rotate(x, *rope)

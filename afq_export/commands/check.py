@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from afq_export.commands.device import Runner
-from afq_export.commands.options import Json, Threads
+from afq_export.commands.options import BundlePath, Json, Threads
 from afq_export.terminal import emit, note, progress
 
 BaselineText = Annotated[
@@ -20,7 +20,6 @@ Where = Annotated[
     str | None,
     typer.Option("--device", metavar="NAME", help="Measure there: host, arm64:CPU, ssh:USER@HOST or adb:SERIAL."),
 ]
-BundlePath = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or the run folder around it.")]
 
 
 def command(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afq_export.commands.options import Eval, Json
+from afq_export.commands.options import BundlePath, Eval, Json
 from afq_export.spec.device import ANSWER, PROMPT, REPETITIONS
 from afq_export.terminal import emit, progress
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="device", help="Exported files where they run: this machine, emulated ARM, boards, phones.")
 
-BundlePath = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or the run folder around it.")]
 Name = Annotated[
     str,
     typer.Option("--device", metavar="NAME", help="host, arm64:CPU, ssh:USER@HOST[:PORT] or adb:SERIAL."),

@@ -57,6 +57,7 @@ Out = Annotated[
     typer.Option(metavar="DIR", help="Run folder (default: afq-out/MODEL-TARGET-RECIPE)."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+BundlePath = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or the run folder around it.")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="A two-block random copy of the model: every stage in seconds.")]
 Window = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Tokens of an evaluation window (default: 512, less if need be).")

@@ -13,10 +13,11 @@ from afq_export.fold.online import online_costs
 from afq_export.job import Job
 from afq_export.load.model import expected_shapes
 from afq_export.lower.bundle import Bundle
+from afq_export.machine import peak_rss_mb
 from afq_export.plan import program_size, sites
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint
-from afq_export.runfolder import RunFolder, peak_rss_mb
+from afq_export.runfolder import RunFolder
 from afq_export.spec.report import Artifact, Cost, Model, ValidationReport
 from afq_export.validate.ladder import Subject, validate
 

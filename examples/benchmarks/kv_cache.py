@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from afq_export.backends import backend
+from afq_export.guard.compare import paired
 from afq_export.job import Job, resolve
 from afq_export.lower.bundle import new_manifest, seal
 from afq_export.machine import settle
@@ -51,12 +52,13 @@ def main() -> None:
         checkpoint = run_quantize(job, folder, run_calibrate(job, folder, silent), silent)
     rows, first = [], None
     for cache in caches:
-        session = lowered(job, dataclasses.replace(checkpoint, kv_cache=cache))
-        stats = measure_one(session, job.evaluation.ids_NT)
+        with tempfile.TemporaryDirectory(dir=job.out) as place:
+            session = lowered(job, dataclasses.replace(checkpoint, kv_cache=cache), Path(place))
+            stats = measure_one(session, job.evaluation.ids_NT)
+            step = decode_seconds(session, job.evaluation.ids_NT[0])
         first = first or stats
         per_token = token_bytes(cache, job.model.config)
         name = f"{cache.bits}{f' g{cache.group}' if cache.group else ''}"
-        step = decode_seconds(session, job.evaluation.ids_NT[0])
         size = size_mb(1000 * per_token)
         rows.append((name, f"{stats.perplexity.value:.4f}", drift(stats, first), size, f"{1e3 * step:.2f} ms"))
         print(*rows[-1], flush=True)
@@ -81,9 +83,9 @@ def request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def lowered(job: Job, checkpoint: QuantizedCheckpoint) -> Session:
-    """The program of `checkpoint` in its runtime, written to a folder of its own."""
-    folder, chosen = Path(tempfile.mkdtemp(dir=job.out)), backend(job.target.backend)
+def lowered(job: Job, checkpoint: QuantizedCheckpoint, folder: Path) -> Session:
+    """The program of `checkpoint` in its runtime, written to `folder`."""
+    chosen = backend(job.target.backend)
     chosen.write(checkpoint, job.target, folder, job.calibration.ids_NT[0, :8], {}, silent)
     manifest = new_manifest(job.model, job.recipe, job.target, chosen.PROGRAM, {}, job.request.seed, [])
     return chosen.open_session(seal(folder, manifest))
@@ -91,9 +93,10 @@ def lowered(job: Job, checkpoint: QuantizedCheckpoint) -> Session:
 
 def drift(stats: TokenStats, first: TokenStats) -> str:
     """The perplexity over that of `first`, and the standard error of the difference."""
-    difference = stats.nll.mean(1) - first.nll.mean(1)
-    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return f"{math.expm1(float(difference.mean())):+.3%} (±{error:.3%})"
+    if len(stats.nll) < 2:
+        return f"{stats.perplexity.value / first.perplexity.value - 1:+.3%}"
+    apart = paired(stats.nll.numpy(), first.nll.numpy())
+    return f"{math.expm1(apart.mean):+.3%} (±{apart.stderr:.3%})"
 
 
 def decode_seconds(session: Session, ids_T: Tensor) -> float:

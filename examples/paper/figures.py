@@ -18,6 +18,7 @@ from pathlib import Path
 
 import matplotlib
 import msgspec
+import numpy as np
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -25,6 +26,7 @@ from matplotlib.axes import Axes
 from reproduce import METHODS, SCHEMES, Row
 
 from afq_export.files import write_text
+from afq_export.guard.compare import paired
 from afq_export.report.tables import Table
 
 MODELS = ("stories260K", "demo-llama", "demo-opt", "SmolLM2-135M")
@@ -118,9 +120,11 @@ def against(rows: Sequence[Row], model: str, scheme: str, one: str, other: str) 
     first, second = find(rows, model, scheme, one), find(rows, model, scheme, other)
     if first is None or second is None:
         return "-"
-    mean, error = paired(first, second)
-    word = "**worse**" if mean > SURE * error else "better" if mean < -SURE * error else "tie"
-    return f"{math.expm1(mean):+.2%} ± {error:.2%}, {word}"
+    if len(first.window_nll) < 2:
+        return f"{math.expm1(first.window_nll[0] - second.window_nll[0]):+.2%}, one window"
+    apart = paired(*(np.array(row.window_nll)[:, None] for row in (first, second)))
+    word = "**worse**" if apart.mean > SURE * apart.stderr else "better" if apart.mean < -SURE * apart.stderr else "tie"
+    return f"{math.expm1(apart.mean):+.2%} ± {apart.stderr:.2%}, {word}"
 
 
 def block_losses(rows: Sequence[Row], model: str, scheme: str) -> str:
@@ -131,12 +135,6 @@ def block_losses(rows: Sequence[Row], model: str, scheme: str) -> str:
     pairs = zip(found["AffineQuant"], found["OmniQuant"], strict=True)
     apart = [one.final_loss / other.final_loss - 1 for one, other in pairs]
     return f"{statistics.mean(apart):+.1%} ({min(apart):+.1%} to {max(apart):+.1%})"
-
-
-def paired(first: Row, second: Row) -> tuple[float, float]:
-    """Mean difference of the loss per token, and its standard error over the windows that both were measured on."""
-    apart = [a - b for a, b in zip(first.window_nll, second.window_nll, strict=True)]
-    return statistics.mean(apart), statistics.stdev(apart) / math.sqrt(len(apart))
 
 
 def seed_tables(rows: Sequence[Row]) -> list[str]:

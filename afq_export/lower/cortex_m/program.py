@@ -14,6 +14,7 @@ from afq_export.errors import VerdictError
 from afq_export.lower.cortex_m.module import CortexMDecoder
 from afq_export.lower.cortex_m.readback import read_linears
 from afq_export.lower.stored import StoredLinear, difference
+from afq_export.lower.traces import forget_traces
 from afq_export.progress import Progress
 from afq_export.quantize.checkpoint import QuantizedCheckpoint, QuantizedLinear
 from afq_export.validate.integer.cmsis_nn import bias_steps, requantization
@@ -44,6 +45,7 @@ def export_program(checkpoint: QuantizedCheckpoint, shape: Shape, progress: Prog
         config_ = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True)
         edge = to_edge(exported, constant_methods=constants, compile_config=config_)
         pte = edge.to_executorch().buffer
+    forget_traces(exported.graph_module)
     progress("lower", 2, steps)
     verify(checkpoint, pte)
     progress("lower", steps, steps)

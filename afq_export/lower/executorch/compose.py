@@ -16,10 +16,10 @@ from executorch.exir import EdgeCompileConfig, EdgeProgramManager, ExecutorchPro
 from executorch.exir.delegate import executorch_call_delegate
 from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from afq_export.lower.executorch.graph import Tokens
 from afq_export.lower.executorch.segments import Segment
+from afq_export.lower.traces import forget_traces
 
 
 @torch.library.custom_op("afq_export::segment", mutates_args=())
@@ -59,18 +59,8 @@ def export_program(
         _splice(program.graph_module, {segment.name: segment for segment in segments})
         # A new manager, because it collects the delegates' constants when it is made.
         finished = EdgeProgramManager(program, dict(metadata or {}), config).to_executorch()
-    _forget_traces(program.graph_module)
+    forget_traces(program.graph_module)
     return finished
-
-
-def _forget_traces(module: torch.fx.GraphModule) -> None:
-    """Empties torch's memory of traced calls. It holds the delegates, and with them all weights, in a circle through
-    symbolic sizes in C++ that no garbage collector sees: each program would stay in memory for good."""
-    for node in module.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
-            value.fake_mode.shape_env.fake_tensor_cache.clear()
-            return
 
 
 def _splice(module: torch.fx.GraphModule, segments: Mapping[str, Segment]) -> None:

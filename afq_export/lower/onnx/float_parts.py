@@ -58,9 +58,7 @@ class OnnxFloatParts:
             if len(self._linears) == LINEARS:
                 self._linears.clear()
             self._linears[name] = Part(linears_model([linear], self.target), self.options)
-        calls = (part for window in x for part in window.split(self.options.prefill))
-        rows = [torch.from_numpy(self._linears[name](**{f"{name}.x": part[None].numpy()})[0][0]) for part in calls]
-        return torch.cat(rows).view(*x.shape[:-1], linear.spec.outputs)
+        return self._in_calls(self._linears[name], f"{name}.x", x)
 
     def norm(self, config: DecoderConfig, weights: Mapping[str, Tensor], role: str, x: Tensor) -> Tensor:
         named = {kind: weights[f"{role}.{kind}"] for kind in ("weight", "bias") if f"{role}.{kind}" in weights}
@@ -101,8 +99,13 @@ class OnnxFloatParts:
             graph, shape = OnnxGraph(), (BATCH, SEQUENCE, x.shape[-1])
             y = write_product(Operand.of(graph, "x", shape), graph.tensor("matrix", matrix.numpy()))
             self._matrices[key] = Part(part_model(graph, {"x": shape}, {y.value: shape}, self.opset), self.options)
-        calls = (part for window in x for part in window.split(self.options.prefill))
-        return torch.cat([_run(self._matrices[key], part[None])[0] for part in calls]).view(x.shape)
+        return self._in_calls(self._matrices[key], "x", x)
+
+    def _in_calls(self, model: Part, name: str, x_NTI: Tensor) -> Tensor:
+        """`model` [1, rows, I] -> [1, rows, O] over windows, its input `name`, in the calls that a session makes."""
+        calls = (part for window in x_NTI for part in window.split(self.options.prefill))
+        rows = torch.cat([torch.from_numpy(model(**{name: part[None].numpy()})[0][0]) for part in calls])
+        return rows.view(*x_NTI.shape[:-1], -1)
 
     def attention(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         return torch.stack([self._attend(*window) for window in zip(q_BTHd, k_BTKd, v_BTKd, strict=True)])

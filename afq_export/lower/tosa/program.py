@@ -27,6 +27,7 @@ from torch.export import ExportedProgram
 from afq_export.errors import InputError
 from afq_export.lower.tosa.graph import TosaGraph
 from afq_export.lower.tosa.host import HostTables
+from afq_export.lower.traces import forget_traces
 from afq_export.runtime.executorch import HEADER_SIZE, check_program_header
 
 BACKEND = "EthosUBackend"
@@ -90,7 +91,10 @@ def write_program(methods: Mapping[str, tuple[TosaGraph, bytes]], tables: HostTa
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about its own internals
         exported = {name: _export(graph, tables, stream, config) for name, (graph, stream) in methods.items()}
-        return bytes(to_edge(exported, constant_methods=constants, compile_config=config).to_executorch().buffer)
+        buffer = to_edge(exported, constant_methods=constants, compile_config=config).to_executorch().buffer
+    for program in exported.values():
+        forget_traces(program.graph_module)
+    return bytes(buffer)
 
 
 def _export(graph: TosaGraph, tables: HostTables, stream: bytes, config: EdgeCompileConfig) -> ExportedProgram:
