@@ -63,9 +63,9 @@ class QuantizedPathOps(FloatOps):
     def attend(self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         """Attention over keys and values as the cache holds them."""
         k_BTKd, v_BTKd = cached(k_BTKd, self.kv_cache), cached(v_BTKd, self.kv_cache)
-        if torch.is_autocast_enabled("cpu") and not q_BTHd.is_cuda:
-            return attention_in_parts(q_BTHd, k_BTKd, v_BTKd, torch.get_autocast_dtype("cpu"))
-        return causal_attention(q_BTHd, k_BTKd, v_BTKd)
+        if q_BTHd.is_cuda or not torch.is_grad_enabled():
+            return causal_attention(q_BTHd, k_BTKd, v_BTKd)
+        return attention_in_parts(q_BTHd, k_BTKd, v_BTKd, self._precision(q_BTHd))
 
     def quantized_input(self, role: str, x: Tensor) -> Tensor:
         """`x` on the grid that the linear's input has."""
@@ -76,11 +76,15 @@ class QuantizedPathOps(FloatOps):
             before = self.ranges[role][0] if self.ranges else None
             return fake_quantize_static(x, before or seen_range(x, spec.bits))
         if self._shared is None or self._shared[0] is not x or self._shared[1] != spec:
-            kind = x.device.type
-            halves = torch.is_grad_enabled() and amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-            kept = torch.get_autocast_dtype(kind) if halves else x.dtype
+            kept = self._precision(x) if torch.is_grad_enabled() else x.dtype
             self._shared = (x, spec, on_own_grid(x, spec, kept))
         return self._shared[2]
+
+    def _precision(self, x: Tensor) -> torch.dtype:
+        """Of products in this context."""
+        kind = x.device.type
+        halves = amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if halves else x.dtype
 
     def _bits(self, role: str) -> int:
         """Of the grid that a static linear leaves its result on: that of its input."""

@@ -97,7 +97,7 @@ def test_files_are_taken_beyond_the_budget_only(tmp_path: Path) -> None:
     needed = HELD * 8 * 16 * 32 * 4 / 1e6
     exact, less = (Activations.of(8, 16, 32, budget) for budget in (needed, needed / 2))
     assert exact.needed_mb == needed and not exact.spilled and less.spilled
-    assert choose_store(exact, tmp_path) is IN_MEMORY
+    assert choose_store(exact, tmp_path) == IN_MEMORY
     assert choose_store(less, tmp_path).folder == tmp_path
     assert Activations.of(8, 16, 32, None).budget_mb == SHARE * memory_mb()
     assert not Activations(1e9, None).spilled
