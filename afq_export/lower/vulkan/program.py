@@ -15,6 +15,7 @@ from afq_export.lower.executorch.coverage import REASONS as OUTSIDE
 from afq_export.lower.executorch.metadata import metadata
 from afq_export.lower.executorch.weights import pack_embedding_int4
 from afq_export.lower.stored import StoredLinear, difference
+from afq_export.lower.traces import forget_traces
 from afq_export.lower.vulkan.decoder import TracedDecoder
 from afq_export.lower.vulkan.readback import DYNAMIC, FLOAT_LINEARS, WEIGHT_ONLY, VulkanContent, read_vulkan
 from afq_export.progress import Progress
@@ -121,7 +122,9 @@ def _lower(exported: torch.export.ExportedProgram, values: dict) -> bytes:
                 compile_config=config,
                 constant_methods=values,
             )
-            return edge.to_executorch().buffer
+            buffer = edge.to_executorch().buffer
+            forget_traces(edge.exported_program().graph_module)
+            return buffer
     finally:
         loggers.setLevel(level)
 
