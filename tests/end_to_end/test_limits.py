@@ -155,6 +155,7 @@ SIZES = {
 }
 REFUSED = {
     ("cortex-m55", "262144 tokens"): "does not fit into the target's flash",
+    ("ethos-u85", "262144 tokens"): "does not fit into the target's SRAM",
     ("android-vulkan", "three tokens"): "a multiple of 4 outputs, not 3",
 }
 """Sizes that a target has no place or no kernel for, and what it says."""
