@@ -53,6 +53,8 @@ GPTQ_PASSES, GPTQ_WEIGHT_PASSES = 3.5, 30
 """Forward passes, and times that weights are gone through, of rounding a block by GPTQ, besides its Hessians."""
 TUNED_BYTES = 13
 """Of one weight while scales are learned end to end: its code, itself, what gradients are gathered at, gradients."""
+MOVED_BYTES = 16
+"""The same more where codes are learned too: an offset, its gradient, two moments."""
 LOGITS = 5
 """Copies of a window's logits of one model, their logarithms and gradients."""
 TUNE_PASSES = 3.2
@@ -141,7 +143,8 @@ def _end_to_end_bytes(job: Job) -> float:
         return 0.0
     tape = config.layers * length * (TAPE * config.hidden + 8 * config.intermediate + 2 * config.heads * length) * 2
     logits = LOGITS * length * config.vocab * 4
-    return TUNED_BYTES * config.layers * block_elements(job) + 3 * _row_bytes(job) + tape + logits
+    each = TUNED_BYTES + (MOVED_BYTES if job.recipe.end_to_end.code_rate else 0)
+    return each * config.layers * block_elements(job) + 3 * _row_bytes(job) + tape + logits
 
 
 def _lowering_mb(job: Job, size: Size) -> float:

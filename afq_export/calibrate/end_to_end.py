@@ -1,9 +1,13 @@
 """After the blocks: the logits of the whole quantized model brought near the float model's.
 
-Block by block nobody sees what an error does to the logits in the end. The codes stand now; what is still free, and
-costs nothing at run time, is the scale of every weight group and the norms' gains. They are learned on the
-Kullback-Leibler divergence from the float model's next-token distributions, so no text is learned by heart
-(EfficientQAT's second phase, arXiv 2407.11062, section 3.3, E2E-QP, with a teacher where that has labels).
+Block by block nobody sees what an error does to the logits in the end. What is still free, and costs nothing at run
+time, is the scale of every weight group, the norms' gains and, where the recipe has a rate for them, the codes. They
+are learned on the Kullback-Leibler divergence from the float model's next-token distributions, so no text is learned by
+heart (EfficientQAT's second phase, arXiv 2407.11062, section 3.3, E2E-QP, with a teacher where that has labels).
+
+Codes move by offsets, in steps of their grid, that begin where the folded weight was: one that was nearly rounded the
+other way goes there first, as in training with rounded weights. Those that rounding sent past their nearest code begin
+in the middle: near its border, most of them would go back at once.
 """
 
 from __future__ import annotations
@@ -26,8 +30,8 @@ from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.progress import Progress
 from afq_export.quantize.assign import HEAD
-from afq_export.quantize.checkpoint import LinearRecord
-from afq_export.quantize.grid import clipped_scales, group_peaks, scale_codes
+from afq_export.quantize.checkpoint import LinearRecord, QuantizedLinear
+from afq_export.quantize.grid import clipped_scales, group_peaks, grouped, moved_codes, scale_codes
 from afq_export.quantize.quantize import quantize_embedding, quantize_folded, quantize_linear
 from afq_export.spec.history import Tuning
 from afq_export.spec.quant import Granularity
@@ -38,14 +42,17 @@ HELD_OUT = 8
 """One window in as many is not learned from: it says whether what was learned is kept."""
 MOST_HELD = 8
 """Windows that are held out at most."""
+NEAREST = 0.5
+"""Steps of the grid up to which a code is the nearest."""
 WARM_UP = 5
 """Steps in which the learning rates rise; then they fall to 0 along a cosine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TunedBlock:
-    """A block's codes int8 [O, I] by role, which stand, and what is learned: a factor [O, G] on every scale, the
-    norms' tensors. `peaks` [O, G]: of the folded weights, that clipping factors refer to."""
+    """A block's codes int8 [O, I] by role and what is learned: a factor [O, G] on every scale, the norms' tensors,
+    offsets [O, I] of the codes (none: they stand). `peaks` [O, G]: of the folded weights, that clipping factors refer
+    to."""
 
     config: DecoderConfig
     records: Records
@@ -56,6 +63,7 @@ class TunedBlock:
     biases: Weights
     factors: Mapping[str, Tensor]
     gains: Mapping[str, Tensor]
+    offsets: Mapping[str, Tensor]
 
     def clip(self, role: str) -> Tensor:
         """Clipping factors [O, G] as they are now."""
@@ -67,8 +75,15 @@ class TunedBlock:
         for role, record in self.records.items():
             spec = record.spec.weight
             scales = clipped_scales(self.peaks[role], self.clip(role), spec)
-            weights[f"{role}.weight"] = scale_codes(self.codes[role], scales, spec)
+            weights[f"{role}.weight"] = scale_codes(self.codes[role], scales, spec, self.offsets.get(role))
         return weights
+
+    def moved_codes(self) -> dict[str, Tensor]:
+        """The codes as `weights` has them."""
+        moves = {
+            role: moved_codes(self.codes[role], x, self.records[role].spec.weight) for role, x in self.offsets.items()
+        }
+        return {**self.codes, **moves}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +110,13 @@ class _Student:
             x = block(self.config, self._ops(of_block, part.records, part.ranges), x)
         return head(self._ops({**self.head, **norm}, {HEAD: self.head_record}, None), x)
 
-    def learned(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(factors, gains)."""
+    def learned(self, plan: EndToEnd) -> list[dict]:
+        """The optimiser's groups: factors, gains and offsets, each with its rate."""
         factors = [factor for part in self.blocks for factor in part.factors.values()]
-        gains = [gain for part in self.blocks for gain in part.gains.values()]
-        return factors, gains + list(self.norm.values())
+        gains = [gain for part in self.blocks for gain in part.gains.values()] + list(self.norm.values())
+        offsets = [offset for part in self.blocks for offset in part.offsets.values()]
+        rates = ((factors, plan.scale_rate), (gains, plan.gain_rate), (offsets, plan.code_rate))
+        return [{"params": tensors, "lr": rate} for tensors, rate in rates if tensors]
 
     def _ops(self, weights: Weights, records: Records, ranges: Ranges | None) -> QuantizedPathOps:
         return QuantizedPathOps(self.config, weights, records, ranges, self.recipe.kv_cache)
@@ -134,9 +151,7 @@ def tune(
     teacher = _Teacher(model, plan, ids_NT, store)
     held, rest = hold_out(ids_NT, seen_NT)
     before = _divergence(student, teacher, held)
-    factors, gains = student.learned()
-    groups = [{"params": factors, "lr": plan.scale_rate}, {"params": gains, "lr": plan.gain_rate}]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimiser = torch.optim.Adam(student.learned(plan), betas=(0.9, 0.95))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _course(step, plan.steps))
     generator, losses = torch.Generator().manual_seed(seed), []
     for step, part in enumerate(_draw(rest, plan, generator)):
@@ -180,7 +195,8 @@ def _student(
     """The quantized model as the quantize stage would write it, in the form that is learned."""
     folded = FoldedCheckpoint(model, calibration.transforms())
     blocks = tuple(
-        _tuned_block(folded, calibration.block(index), records, index, device) for index in range(model.config.layers)
+        _tuned_block(folded, calibration.block(index), records, index, bool(recipe.end_to_end.code_rate), device)
+        for index in range(model.config.layers)
     )
     rows, outer = folded.embedding(), folded.head()
     shipped = quantize_embedding(rows["embed_tokens.weight"], recipe.embedding)
@@ -201,6 +217,7 @@ def _tuned_block(
     result: BlockResult,
     records: Mapping[str, LinearRecord],
     index: int,
+    moving: bool,
     device: torch.device,
 ) -> TunedBlock:
     weights = folded.block(index)
@@ -210,6 +227,7 @@ def _tuned_block(
     shapes |= {r: (1, 1) for r, linear in linears.items() if linear.spec.weight.granularity is Granularity.PER_TENSOR}
     peaks = {role: group_peaks(weights[f"{role}.weight"], linear.spec.weight) for role, linear in linears.items()}
     biases = {f"{role}.bias": linear.bias for role, linear in linears.items() if linear.bias is not None}
+    offsets = {r: _offsets(weights[f"{r}.weight"], linear) for r, linear in linears.items()} if moving else {}
     return TunedBlock(
         config=folded.config,
         records={role: linear.record for role, linear in linears.items()},
@@ -220,13 +238,22 @@ def _tuned_block(
         biases=moved(biases, device),
         factors=_learned({role: torch.ones(shape) for role, shape in shapes.items()}, device),
         gains=_learned({name.removeprefix("float."): tensor for name, tensor in part.floats.items()}, device),
+        offsets=_learned(offsets, device),
     )
+
+
+def _offsets(weight_OI: Tensor, linear: QuantizedLinear) -> Tensor:
+    """Where the folded weight was, in steps from its code [O, I]; 0 where it was nearer to another code."""
+    spec, codes = linear.spec.weight, linear.codes
+    ratio = (grouped(weight_OI, spec) / linear.scales[..., None]).view(len(codes), -1)[:, : codes.shape[1]]
+    away = ratio - codes
+    return away * (away.abs() < NEAREST)
 
 
 def _result(part: TunedBlock, result: BlockResult) -> BlockResult:
     clips = {role: part.clip(role).detach().cpu() for role in part.records}
     floats = {name: tensor.detach().cpu() for name, tensor in part.gains.items()}
-    return dataclasses.replace(result, clips=clips, codes=moved(part.codes, CPU), floats=floats)
+    return dataclasses.replace(result, clips=clips, codes=moved(part.moved_codes(), CPU), floats=floats)
 
 
 class _Teacher:

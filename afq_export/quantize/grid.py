@@ -67,10 +67,20 @@ def rounded_codes(weight_OI: Tensor, scales_OG: Tensor, offsets_OGg: Tensor, spe
     return codes.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]].to(torch.int8)
 
 
-def scale_codes(codes_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
-    """`scale * code` [O, I] of fixed codes int8 [O, I], differentiable in the scales; keeps no float copy of codes."""
-    values = _ScaleCodes.apply(grouped(codes_OI, spec), scales_OG[..., None])
+def scale_codes(codes_OI: Tensor, scales_OG: Tensor, spec: QuantSpec, offsets_OI: Tensor | None = None) -> Tensor:
+    """`scale * code` [O, I] of codes int8 [O, I], differentiable in the scales; keeps no float copy of codes. With
+    offsets, in steps, the codes are `moved_codes`; they get a straight-through gradient, clamped or not."""
+    if offsets_OI is not None:
+        codes_OI = moved_codes(codes_OI, offsets_OI, spec)
+        offsets_OI = grouped(offsets_OI, spec)
+    values = _ScaleCodes.apply(grouped(codes_OI, spec), scales_OG[..., None], offsets_OI)
     return values.view(codes_OI.shape[0], -1)[:, : codes_OI.shape[1]]
+
+
+@torch.no_grad()
+def moved_codes(codes_OI: Tensor, offsets_OI: Tensor, spec: QuantSpec) -> Tensor:
+    """`clamp(code + round(offset))` int8 [O, I], half to even."""
+    return offsets_OI.round().add_(codes_OI).clamp_(spec.qmin, spec.qmax).to(torch.int8)
 
 
 def grouped(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
@@ -166,14 +176,14 @@ class _RoundWithOffsets(torch.autograd.Function):
 
 
 class _ScaleCodes(torch.autograd.Function):
-    """scale * code; d out / d scale = code."""
+    """scale * code; d out / d scale = code, d out / d offset = scale, as if codes were not rounded."""
 
     @staticmethod
-    def forward(ctx, codes: Tensor, scale: Tensor):
-        ctx.save_for_backward(codes)
+    def forward(ctx, codes: Tensor, scale: Tensor, offsets: Tensor | None):
+        ctx.save_for_backward(codes, scale)
         return codes * scale
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (codes,) = ctx.saved_tensors
-        return None, (grad * codes).sum(-1, keepdim=True)
+        codes, scale = ctx.saved_tensors
+        return None, (grad * codes).sum(-1, keepdim=True), grad * scale if ctx.needs_input_grad[2] else None

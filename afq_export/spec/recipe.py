@@ -152,8 +152,8 @@ class EndToEnd(Data):
     distributions are the float model's (EfficientQAT, arXiv 2407.11062, E2E-QP; the float model is the teacher).
 
     `steps` 0: nothing. A step takes `batch` of `windows` windows, evenly spaced over the calibration text (0: those
-    that the blocks were calibrated on). `scale_rate` is relative to each scale; rates rise in the first steps, then
-    fall to 0. `autocast` is the precision of the matmuls. The held-out
+    that the blocks were calibrated on). `scale_rate` is relative to each scale, `code_rate` in steps of the grid (0:
+    codes stand); rates rise in the first steps, then fall to 0. `autocast` is the precision of the matmuls. Held-out
     windows are measured in float32. All weights and a window's backward pass are in memory.
     """
 
@@ -162,6 +162,7 @@ class EndToEnd(Data):
     batch: Count = 4
     scale_rate: NonNegative = 1e-3
     gain_rate: NonNegative = 1e-3
+    code_rate: NonNegative = 0.0
     autocast: Autocast = "bfloat16"
 
 

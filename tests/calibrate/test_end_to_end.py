@@ -18,7 +18,7 @@ from afq_export.load.checkpoint import FloatCheckpoint
 from afq_export.load.model import open_model
 from afq_export.progress import silent
 from afq_export.quantize.assign import assign
-from afq_export.quantize.grid import clipped_scales, group_peaks, scale_codes, weight_codes, weight_scales
+from afq_export.quantize.grid import clipped_scales, group_peaks, moved_codes, scale_codes, weight_codes, weight_scales
 from afq_export.quantize.quantize import quantize_block
 from afq_export.report.tables import tuning_lines
 from afq_export.spec.catalog import load_recipe, load_target
@@ -101,6 +101,67 @@ def test_what_is_learned_is_to_the_bit_what_is_quantized(model: FloatCheckpoint,
         assert codes and all(code.dtype == torch.int8 for code in codes.values())
     assert changed
     assert calibration.outer_floats().keys() == tuned.outer.keys() and calibration.tuning() == tuned.history
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(inputs=st.integers(1, 70), group=st.sampled_from([0, 16, 32]), seed=st.integers(0, 99))
+def test_moved_codes_are_rounded_and_clamped_and_offsets_get_the_scale_as_slope(
+    inputs: int, group: int, seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    spec = QuantSpec(4, Granularity.PER_GROUP if group else Granularity.PER_CHANNEL, group=group)
+    codes = torch.randint(spec.qmin, spec.qmax + 1, (3, inputs), generator=random, dtype=torch.int8)
+    offsets = (3 * torch.randn(3, inputs, generator=random)).requires_grad_()
+    scales = torch.rand(3, spec.groups(inputs), generator=random) + 0.3
+    moved = moved_codes(codes, offsets, spec)
+    for row in range(3):
+        for column in range(inputs):
+            there = int(codes[row, column]) + round(float(offsets.detach()[row, column]))
+            assert int(moved[row, column]) == min(max(there, spec.qmin), spec.qmax)
+    values, upstream = scale_codes(codes, scales, spec, offsets), torch.randn(3, inputs, generator=random)
+    assert torch.equal(values, scale_codes(moved, scales, spec))
+    (values * upstream).sum().backward()
+    columns = scales.repeat_interleave(group or inputs, 1)[:, :inputs]
+    assert torch.equal(offsets.grad, upstream * columns)
+
+
+def test_offsets_begin_where_the_folded_weights_were(model: FloatCheckpoint, tmp_path: Path) -> None:
+    recipe, calibration = calibrated(model, tmp_path, "rounding.method=gptq", "end_to_end.code_rate=1e-3")
+    student, apart = _student(model, recipe, assign(model.config, recipe, TARGET), calibration), 0
+    folded = FoldedCheckpoint(model, calibration.transforms())
+    for index, part in enumerate(student.blocks):
+        weights = folded.block(index)
+        for role, offsets in part.offsets.items():
+            spec = part.records[role].spec.weight
+            scales = clipped_scales(part.peaks[role], part.clip(role), spec).detach()
+            columns = scales.repeat_interleave(spec.group or offsets.shape[1], 1)[:, : offsets.shape[1]]
+            steps = weights[f"{role}.weight"] / columns - part.codes[role]
+            near = steps.abs() < 0.5
+            torch.testing.assert_close(offsets.detach()[near], steps[near], rtol=0, atol=1e-5)
+            assert not offsets.detach()[~near].any()
+            apart += int((~near).sum())
+    assert apart, "GPTQ sends some weights past their nearest codes"
+
+
+@pytest.mark.parametrize("change", ["rounding.method=nearest", "rounding.method=gptq"])
+def test_codes_move_where_the_recipe_has_a_rate_for_them(model: FloatCheckpoint, tmp_path: Path, change: str) -> None:
+    """By a step at most at such rates, and they are what is quantized, to the bit."""
+    recipe, calibration = calibrated(model, tmp_path, change, "end_to_end.code_rate=2e-3")
+    records = assign(model.config, recipe, TARGET)
+    rounded = _student(model, recipe, records, calibration)
+    tuned = tune(model, recipe, records, calibration, IDS, windows().ids_NT, 0, silent)
+    assert tuned.history.kept and tuned.history.after < tuned.history.before
+    moved = 0
+    for result, part in zip(tuned.blocks, rounded.blocks, strict=True):
+        for role, codes in result.codes.items():
+            steps = codes.int() - part.codes[role].int()
+            assert codes.dtype == torch.int8 and int(steps.abs().max()) <= 1
+            moved += int(steps.ne(0).sum())
+    assert moved
+    write_tuned(tmp_path, tuned)
+    for index, result in enumerate(tuned.blocks):
+        linears = quantize_block(FoldedCheckpoint(model, calibration.transforms()), result, records, index).linears
+        assert all(torch.equal(linear.codes, result.codes[linear.spec.role]) for linear in linears)
 
 
 def test_codes_stand(model: FloatCheckpoint, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import pytest
 from afq_export.errors import InputError
 from afq_export.spec.catalog import CORPORA, METHODS, SCHEMES, TARGETS, entries, load_recipe, load_target
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
+
 
 @pytest.mark.parametrize("scheme", [e.name for e in entries(SCHEMES)])
 @pytest.mark.parametrize("method", [e.name for e in entries(METHODS)])
@@ -26,6 +28,11 @@ def test_every_shipped_file_describes_itself() -> None:
     for folder in (SCHEMES, METHODS, TARGETS, CORPORA):
         assert entries(folder)
         assert all(entry.description for entry in entries(folder))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_example_can_be_read(path: Path) -> None:
+    assert load_recipe(str(path)).description
 
 
 def test_changes_are_toml_or_words() -> None:
