@@ -54,6 +54,9 @@ def _read(folder: Path, name: str, gguf: Path | None = None) -> Any:
     except Exception as error:  # transformers and tokenizers raise many types on broken files
         raise InputError("cannot read the tokenizer", where=name, why=str(error).split("\n")[0]) from error
     tokenizer.model_max_length = int(1e30)  # windows are cut by us; a warning about long texts would mislead
+    model = getattr(tokenizer, "backend_tokenizer", None) and tokenizer.backend_tokenizer.model
+    if hasattr(model, "_resize_cache"):
+        model._resize_cache(0)  # tokenizers 0.23 never frees what it remembers of a text, 4 MB of 0.5; it is as fast
     return tokenizer
 
 
