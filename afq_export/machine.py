@@ -106,7 +106,8 @@ def settle(threads: int) -> None:
 
 def keep_memory() -> None:
     """Lets the allocator keep what a learning step frees for the next one (glibc only): else a tenth of the time goes
-    to the system, for pages that are given back and taken again. `give_back_memory` ends it after each stage."""
+    to the system, for pages that are given back and taken again. It stays so; what is free at the end of a stage is
+    given back by `give_back_memory`."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)

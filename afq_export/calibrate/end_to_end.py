@@ -4,37 +4,27 @@ Block by block nobody sees what an error does to the logits in the end. What is 
 time, is the scale of every weight group, the norms' gains and, where the recipe has a rate for them, the codes. They
 are learned on the Kullback-Leibler divergence from the float model's next-token distributions, so no text is learned by
 heart (EfficientQAT's second phase, arXiv 2407.11062, section 3.3, E2E-QP, with a teacher where that has labels).
-
-Codes move by offsets, in steps of their grid, that begin where the folded weight was: one that was nearly rounded the
-other way goes there first, as in training with rounded weights. Those that rounding sent past their nearest code begin
-in the middle: near its border, most of them would go back at once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, embed, head
 from afq_export.arch.ops import FloatOps, Weights
-from afq_export.calibrate.activations import CPU, IN_MEMORY, ActivationStore, Rows
-from afq_export.calibrate.ops import QuantizedPathOps, Ranges, Records, matmuls_in, moved
-from afq_export.calibrate.result import BlockResult, Calibration, Tuned
+from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
+from afq_export.calibrate.ops import matmuls_in, moved
+from afq_export.calibrate.result import Calibration, Tuned
+from afq_export.calibrate.student import Student, student_of, tuned_result
 from afq_export.errors import InputError
-from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.load.checkpoint import DecoderWeights
 from afq_export.progress import Progress
-from afq_export.quantize.assign import HEAD
-from afq_export.quantize.checkpoint import LinearRecord, QuantizedLinear
-from afq_export.quantize.grid import clipped_scales, group_peaks, grouped, moved_codes, scale_codes
-from afq_export.quantize.quantize import quantize_embedding, quantize_folded, quantize_linear
+from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.spec.history import Tuning
-from afq_export.spec.quant import Granularity
 from afq_export.spec.recipe import Autocast, EndToEnd, Recipe
 from afq_export.spec.target import TargetProfile
 
@@ -42,84 +32,8 @@ HELD_OUT = 8
 """One window in as many is not learned from: it says whether what was learned is kept."""
 MOST_HELD = 8
 """Windows that are held out at most."""
-NEAREST = 0.5
-"""Steps of the grid up to which a code is the nearest."""
 WARM_UP = 5
 """Steps in which the learning rates rise; then they fall to 0 along a cosine."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TunedBlock:
-    """A block's codes int8 [O, I] by role and what is learned: a factor [O, G] on every scale, the norms' tensors,
-    offsets [O, I] of the codes (none: they stand). `peaks` [O, G]: of the folded weights, that clipping factors refer
-    to."""
-
-    config: DecoderConfig
-    records: Records
-    ranges: Ranges | None
-    codes: Mapping[str, Tensor]
-    peaks: Mapping[str, Tensor]
-    clips: Mapping[str, Tensor]
-    biases: Weights
-    factors: Mapping[str, Tensor]
-    gains: Mapping[str, Tensor]
-    offsets: Mapping[str, Tensor]
-
-    def clip(self, role: str) -> Tensor:
-        """Clipping factors [O, G] as they are now."""
-        return self.clips[role] * self.factors[role]
-
-    def weights(self) -> dict[str, Tensor]:
-        """All tensors of the block, the linears' on their grids; differentiable in what is learned."""
-        weights = {**self.biases, **self.gains}
-        for role, record in self.records.items():
-            spec = record.spec.weight
-            scales = clipped_scales(self.peaks[role], self.clip(role), spec)
-            weights[f"{role}.weight"] = scale_codes(self.codes[role], scales, spec, self.offsets.get(role))
-        return weights
-
-    def moved_codes(self) -> dict[str, Tensor]:
-        """The codes as `weights` has them."""
-        moves = {
-            role: moved_codes(self.codes[role], x, self.records[role].spec.weight) for role, x in self.offsets.items()
-        }
-        return {**self.codes, **moves}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Student:
-    """The quantized model: token rows, blocks, last norm (learned) and head."""
-
-    config: DecoderConfig
-    recipe: Recipe
-    embedding: Weights
-    blocks: tuple[TunedBlock, ...]
-    norm: Mapping[str, Tensor]
-    head: Weights
-    head_record: LinearRecord
-
-    def weights(self) -> list[dict[str, Tensor]]:
-        """Of all blocks, and of the last norm."""
-        return [*(part.weights() for part in self.blocks), dict(self.norm)]
-
-    def logits(self, weights: Sequence[Weights], ids_BT: Tensor) -> Tensor:
-        """[B, T, V] with `weights` as `weights()` gives them."""
-        x = embed(self.config, self.embedding, ids_BT)
-        *of_blocks, norm = weights
-        for part, of_block in zip(self.blocks, of_blocks, strict=True):
-            x = block(self.config, self._ops(of_block, part.records, part.ranges), x)
-        return head(self._ops({**self.head, **norm}, {HEAD: self.head_record}, None), x)
-
-    def learned(self, plan: EndToEnd) -> list[dict]:
-        """The optimiser's groups: factors, gains and offsets, each with its rate."""
-        factors = [factor for part in self.blocks for factor in part.factors.values()]
-        gains = [gain for part in self.blocks for gain in part.gains.values()] + list(self.norm.values())
-        offsets = [offset for part in self.blocks for offset in part.offsets.values()]
-        rates = ((factors, plan.scale_rate), (gains, plan.gain_rate), (offsets, plan.code_rate))
-        return [{"params": tensors, "lr": rate} for tensors, rate in rates if tensors]
-
-    def _ops(self, weights: Weights, records: Records, ranges: Ranges | None) -> QuantizedPathOps:
-        return QuantizedPathOps(self.config, weights, records, ranges, self.recipe.kv_cache)
 
 
 def refuse_end_to_end(recipe: Recipe, target: TargetProfile) -> None:
@@ -147,7 +61,7 @@ def tune(
     """
     plan = recipe.end_to_end
     results = tuple(calibration.block(index) for index in range(calibration.layers))
-    student = _student(model, recipe, records, calibration, store.device)
+    student = student_of(model, recipe, records, calibration, store.device)
     teacher = _Teacher(model, plan, ids_NT, store)
     held, rest = hold_out(ids_NT, seen_NT)
     before = _divergence(student, teacher, held)
@@ -169,7 +83,7 @@ def tune(
     history = Tuning(plan.steps, len(ids_NT), before, told, after < before, tuple(losses))
     if not history.kept:
         return Tuned(results, {}, history)
-    blocks = tuple(_result(part, result) for part, result in zip(student.blocks, results, strict=True))
+    blocks = tuple(tuned_result(part, result) for part, result in zip(student.blocks, results, strict=True))
     return Tuned(blocks, {name: t.detach().cpu() for name, t in student.norm.items()}, history)
 
 
@@ -182,78 +96,6 @@ def hold_out(ids_NT: Tensor, seen_NT: Tensor) -> tuple[Tensor, Tensor]:
     held = [fresh[i * len(fresh) // count] for i in range(count)]
     rest = [index for index in range(len(ids_NT)) if index not in held]
     return torch.tensor(held), torch.tensor(rest or held)
-
-
-@torch.no_grad()
-def _student(
-    model: DecoderWeights,
-    recipe: Recipe,
-    records: Mapping[str, LinearRecord],
-    calibration: Calibration,
-    device: torch.device = CPU,
-) -> _Student:
-    """The quantized model as the quantize stage would write it, in the form that is learned."""
-    folded = FoldedCheckpoint(model, calibration.transforms())
-    blocks = tuple(
-        _tuned_block(folded, calibration.block(index), records, index, bool(recipe.end_to_end.code_rate), device)
-        for index in range(model.config.layers)
-    )
-    rows, outer = folded.embedding(), folded.head()
-    shipped = quantize_embedding(rows["embed_tokens.weight"], recipe.embedding)
-    embedding = moved(rows | {"embed_tokens.weight": shipped.dequantized()}, device)
-    linear = quantize_linear(records[HEAD], outer, calibration.head_clip(records[HEAD].spec), HEAD)
-    norm = _learned({name: tensor for name, tensor in outer.items() if not name.startswith(HEAD)}, device)
-    of_head = moved({f"{HEAD}.weight": linear.dequantized()}, device)
-    return _Student(model.config, recipe, embedding, blocks, norm, of_head, linear.record)
-
-
-def _learned(tensors: Weights, device: torch.device) -> dict[str, Tensor]:
-    """Copies on `device` that gradients are kept for."""
-    return {name: tensor.to(device, copy=True).requires_grad_() for name, tensor in tensors.items()}
-
-
-def _tuned_block(
-    folded: FoldedCheckpoint,
-    result: BlockResult,
-    records: Mapping[str, LinearRecord],
-    index: int,
-    moving: bool,
-    device: torch.device,
-) -> TunedBlock:
-    weights = folded.block(index)
-    part = quantize_folded(folded.config, weights, result, records, index)
-    linears = {linear.spec.role: linear for linear in part.linears}
-    shapes = {role: linear.scales.shape for role, linear in linears.items()}
-    shapes |= {r: (1, 1) for r, linear in linears.items() if linear.spec.weight.granularity is Granularity.PER_TENSOR}
-    peaks = {role: group_peaks(weights[f"{role}.weight"], linear.spec.weight) for role, linear in linears.items()}
-    biases = {f"{role}.bias": linear.bias for role, linear in linears.items() if linear.bias is not None}
-    offsets = {r: _offsets(weights[f"{r}.weight"], linear) for r, linear in linears.items()} if moving else {}
-    return TunedBlock(
-        config=folded.config,
-        records={role: linear.record for role, linear in linears.items()},
-        ranges=result.ranges or None,
-        codes=moved({role: linear.codes for role, linear in linears.items()}, device),
-        peaks=moved(peaks, device),
-        clips=moved({role: result.clips[role].float() for role in linears}, device),
-        biases=moved(biases, device),
-        factors=_learned({role: torch.ones(shape) for role, shape in shapes.items()}, device),
-        gains=_learned({name.removeprefix("float."): tensor for name, tensor in part.floats.items()}, device),
-        offsets=_learned(offsets, device),
-    )
-
-
-def _offsets(weight_OI: Tensor, linear: QuantizedLinear) -> Tensor:
-    """Where the folded weight was, in steps from its code [O, I]; 0 where it was nearer to another code."""
-    spec, codes = linear.spec.weight, linear.codes
-    ratio = (grouped(weight_OI, spec) / linear.scales[..., None]).view(len(codes), -1)[:, : codes.shape[1]]
-    away = ratio - codes
-    return away * (away.abs() < NEAREST)
-
-
-def _result(part: TunedBlock, result: BlockResult) -> BlockResult:
-    clips = {role: part.clip(role).detach().cpu() for role in part.records}
-    floats = {name: tensor.detach().cpu() for name, tensor in part.gains.items()}
-    return dataclasses.replace(result, clips=clips, codes=moved(part.moved_codes(), CPU), floats=floats)
 
 
 class _Teacher:
@@ -281,7 +123,7 @@ class _Teacher:
             yield y.float()
 
 
-def _step(student: _Student, teacher: _Teacher, part: Tensor, plan: EndToEnd) -> float:
+def _step(student: Student, teacher: _Teacher, part: Tensor, plan: EndToEnd) -> float:
     """Gradients on the windows `part`; returns the loss. Weights are made once, and windows go through one by one."""
     weights = student.weights()
     leaves = [{name: _leaf(name, tensor, plan) for name, tensor in of_block.items()} for of_block in weights]
@@ -303,7 +145,7 @@ def _leaf(name: str, tensor: Tensor, plan: EndToEnd) -> Tensor:
 
 
 def _window_divergence(
-    student: _Student, teacher: _Teacher, weights: Sequence[Weights], window: Tensor, autocast: Autocast
+    student: Student, teacher: _Teacher, weights: Sequence[Weights], window: Tensor, autocast: Autocast
 ) -> Tensor:
     """Mean over tokens of KL(float || quantized), in nats, matmuls in `autocast`."""
     with matmuls_in(autocast, teacher.ids.device):
@@ -315,7 +157,7 @@ def _window_divergence(
 
 
 @torch.no_grad()
-def _divergence(student: _Student, teacher: _Teacher, windows: Tensor) -> float:
+def _divergence(student: Student, teacher: _Teacher, windows: Tensor) -> float:
     """The same over several windows, in float32: what bfloat16 rounds away can be all that was learned."""
     weights = student.weights()
     found = [float(_window_divergence(student, teacher, weights, window, "float32")) for window in windows.split(1)]

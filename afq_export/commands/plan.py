@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 def command(request: Request, as_json: Json = False) -> None:
     """What `run` with the same options would do: transforms, kernels, size, memory and time. Does none of it."""
     from afq_export.commands.stages import say_defaults, say_status
+    from afq_export.files import refuse_unwritable
     from afq_export.job import resolve
     from afq_export.machine import measured_gflops, settle
     from afq_export.plan import plan
 
     job = resolve(request, lowers=False)
+    refuse_unwritable(job.out / "run.json")
     say_defaults(job)
     say_status(job)
     settle(job.threads)

@@ -45,26 +45,30 @@ def clipped_scales(peaks_OG: Tensor, clip_OG: Tensor, spec: QuantSpec) -> Tensor
 
 def weight_codes(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
     """Codes int8 [O, I]: `round(w / scale)` half to even, clamped to the grid."""
-    codes = (grouped(weight_OI, spec) / scales_OG[..., None]).round_().clamp_(spec.qmin, spec.qmax)
-    return codes.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]].to(torch.int8)
+    return in_steps(weight_OI, scales_OG, spec).round_().clamp_(spec.qmin, spec.qmax).to(torch.int8)
+
+
+def in_steps(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
+    """`w / scale` [O, I], not rounded."""
+    return _ungrouped(grouped(weight_OI, spec) / scales_OG[..., None], weight_OI.shape[1])
 
 
 def fake_quantize_weight(weight_OI: Tensor, scales_OG: Tensor, spec: QuantSpec) -> Tensor:
     """`scale * code` with straight-through gradients for weight and scales."""
     values = _FakeQuantize.apply(grouped(weight_OI, spec), scales_OG[..., None], spec.qmin, spec.qmax)
-    return values.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]]
+    return _ungrouped(values, weight_OI.shape[1])
 
 
 def round_with_offsets(weight_OI: Tensor, scales_OG: Tensor, offsets_OGg: Tensor, spec: QuantSpec) -> Tensor:
     """`scale * clamp(round(w / scale + offset))` [O, I] with straight-through gradients for scale and offset."""
     values = _RoundWithOffsets.apply(grouped(weight_OI, spec), scales_OG[..., None], offsets_OGg, spec.qmin, spec.qmax)
-    return values.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]]
+    return _ungrouped(values, weight_OI.shape[1])
 
 
 def rounded_codes(weight_OI: Tensor, scales_OG: Tensor, offsets_OGg: Tensor, spec: QuantSpec) -> Tensor:
     """The codes int8 [O, I] of `round_with_offsets`."""
     codes = (grouped(weight_OI, spec) / scales_OG[..., None] + offsets_OGg).round().clamp(spec.qmin, spec.qmax)
-    return codes.view(weight_OI.shape[0], -1)[:, : weight_OI.shape[1]].to(torch.int8)
+    return _ungrouped(codes, weight_OI.shape[1]).to(torch.int8)
 
 
 def scale_codes(codes_OI: Tensor, scales_OG: Tensor, spec: QuantSpec, offsets_OI: Tensor | None = None) -> Tensor:
@@ -74,7 +78,7 @@ def scale_codes(codes_OI: Tensor, scales_OG: Tensor, spec: QuantSpec, offsets_OI
         codes_OI = moved_codes(codes_OI, offsets_OI, spec)
         offsets_OI = grouped(offsets_OI, spec)
     values = _ScaleCodes.apply(grouped(codes_OI, spec), scales_OG[..., None], offsets_OI)
-    return values.view(codes_OI.shape[0], -1)[:, : codes_OI.shape[1]]
+    return _ungrouped(values, codes_OI.shape[1])
 
 
 @torch.no_grad()
@@ -91,6 +95,11 @@ def grouped(weight_OI: Tensor, spec: QuantSpec) -> Tensor:
     if missing:
         weight_OI = torch.nn.functional.pad(weight_OI, (0, missing))
     return weight_OI.view(weight_OI.shape[0], -1, spec.group)
+
+
+def _ungrouped(values_OGg: Tensor, inputs: int) -> Tensor:
+    """[O, I] of what `grouped` made, without its padding."""
+    return values_OGg.reshape(len(values_OGg), -1)[:, :inputs]
 
 
 def round_scales(scales: Tensor, scale_type: ScaleType) -> Tensor:

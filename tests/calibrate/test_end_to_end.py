@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afq_export.calibrate.calibrate import calibrate
-from afq_export.calibrate.end_to_end import _student, hold_out, refuse_end_to_end, tune
+from afq_export.calibrate.end_to_end import hold_out, refuse_end_to_end, tune
 from afq_export.calibrate.result import Calibration, tuned_path, write_tuned
+from afq_export.calibrate.student import student_of
 from afq_export.errors import InputError
 from afq_export.fold.folded import FoldedCheckpoint
 from afq_export.load.checkpoint import FloatCheckpoint
@@ -84,7 +85,7 @@ def dequantized(model: FloatCheckpoint, recipe: Recipe, calibration: Calibration
 def test_what_is_learned_is_to_the_bit_what_is_quantized(model: FloatCheckpoint, tmp_path: Path, change: str) -> None:
     recipe, calibration = calibrated(model, tmp_path, change, "fallback=int8")
     records = assign(model.config, recipe, TARGET)
-    before = _student(model, recipe, records, calibration).weights()
+    before = student_of(model, recipe, records, calibration).weights()
     for index in range(model.config.layers):
         for name, tensor in dequantized(model, recipe, calibration, index).items():
             assert torch.equal(before[index][name], tensor), name
@@ -92,7 +93,7 @@ def test_what_is_learned_is_to_the_bit_what_is_quantized(model: FloatCheckpoint,
     assert tuned.history.kept and tuned.history.after < tuned.history.before
     write_tuned(tmp_path, tuned)
     changed = 0
-    after = _student(model, recipe, records, calibration).weights()
+    after = student_of(model, recipe, records, calibration).weights()
     for index in range(model.config.layers):
         for name, tensor in dequantized(model, recipe, calibration, index).items():
             assert torch.equal(after[index][name], tensor), name
@@ -127,7 +128,7 @@ def test_moved_codes_are_rounded_and_clamped_and_offsets_get_the_scale_as_slope(
 
 def test_offsets_begin_where_the_folded_weights_were(model: FloatCheckpoint, tmp_path: Path) -> None:
     recipe, calibration = calibrated(model, tmp_path, "rounding.method=gptq", "end_to_end.code_rate=1e-3")
-    student, apart = _student(model, recipe, assign(model.config, recipe, TARGET), calibration), 0
+    student, apart = student_of(model, recipe, assign(model.config, recipe, TARGET), calibration), 0
     folded = FoldedCheckpoint(model, calibration.transforms())
     for index, part in enumerate(student.blocks):
         weights = folded.block(index)
@@ -148,7 +149,7 @@ def test_codes_move_where_the_recipe_has_a_rate_for_them(model: FloatCheckpoint,
     """By a step at most at such rates, and they are what is quantized, to the bit."""
     recipe, calibration = calibrated(model, tmp_path, change, "end_to_end.code_rate=2e-3")
     records = assign(model.config, recipe, TARGET)
-    rounded = _student(model, recipe, records, calibration)
+    rounded = student_of(model, recipe, records, calibration)
     tuned = tune(model, recipe, records, calibration, IDS, windows().ids_NT, 0, silent)
     assert tuned.history.kept and tuned.history.after < tuned.history.before
     moved = 0
@@ -218,10 +219,10 @@ def test_learning_that_diverges_leaves_everything_as_it_was(model: FloatCheckpoi
     """And says so in a file that can be read: JSON has no NaN."""
     recipe, calibration = calibrated(model, tmp_path, "end_to_end.scale_rate=1e30", "end_to_end.steps=4")
     records = assign(model.config, recipe, TARGET)
-    before = _student(model, recipe, records, calibration).weights()
+    before = student_of(model, recipe, records, calibration).weights()
     write_tuned(tmp_path, tune(model, recipe, records, calibration, IDS, windows().ids_NT, 0, silent))
     history = calibration.tuning()
     assert history.after is None and not history.kept and 0 < len(history.losses) < 4
     assert "not a finite number after: no better" in tuning_lines(history)[0]
-    after = _student(model, recipe, records, calibration).weights()
+    after = student_of(model, recipe, records, calibration).weights()
     assert all(torch.equal(before[i][name], tensor) for i, found in enumerate(after) for name, tensor in found.items())

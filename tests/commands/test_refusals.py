@@ -159,9 +159,10 @@ def test_output_folder_of_someone_else(refused: Refused, asked: list[str], out: 
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
 
 
-def test_output_folder_that_cannot_be_written(refused: Refused, asked: list[str], tmp_path: Path):
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_output_folder_that_cannot_be_written(refused: Refused, asked: list[str], tmp_path: Path, command: str):
     (tmp_path / "file").write_text("")
-    assert refused("run", *asked, "--out", str(tmp_path / "file" / "run")).startswith("cannot write")
+    assert refused(command, *asked, "--out", str(tmp_path / "file" / "run")).startswith("cannot write")
 
 
 def test_output_folder_of_a_run_with_other_inputs(refused: Refused, asked: list[str], finished: Path):

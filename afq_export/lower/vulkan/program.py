@@ -108,6 +108,7 @@ def _lower(exported: torch.export.ExportedProgram, values: dict) -> bytes:
     with quiet():
         from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.exir.backend.utils import is_same_node
 
     config = EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=False)
     loggers = logging.getLogger()
@@ -123,10 +124,11 @@ def _lower(exported: torch.export.ExportedProgram, values: dict) -> bytes:
                 constant_methods=values,
             )
             buffer = edge.to_executorch().buffer
-            forget_traces(edge.exported_program().graph_module)
-            return buffer
     finally:
         loggers.setLevel(level)
+    forget_traces(edge.exported_program().graph_module)
+    is_same_node.cache_clear()  # the partitioner's, of all nodes it compared: they hold their graphs and all weights
+    return buffer
 
 
 def _expected(linear: QuantizedLinear) -> StoredLinear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 
 from afq_export.backends import vulkan
 from afq_export.errors import InputError, MissingToolError, VerdictError
@@ -68,6 +70,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 @pytest.fixture(params=[next(iter(CASES)), *(pytest.param(case, marks=SLOW) for case in list(CASES)[1:])])
 def made(request: pytest.FixtureRequest, cases: Callable[[str], Made]) -> Made:
     return cases(request.param)
+
+
+def test_nothing_of_a_program_stays_in_memory(made: Made) -> None:
+    """Neither its delegate nor its weights, once it is bytes; torch and the partitioner remember both."""
+
+    def left() -> int:
+        gc.collect()
+        return sum(type(found) is LoweredBackendModule for found in gc.get_objects())
+
+    before = left()
+    assert lower_vulkan(made.checkpoint, TARGET, silent) and left() == before
 
 
 @pytest.fixture
