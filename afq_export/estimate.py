@@ -55,8 +55,10 @@ TUNED_BYTES = 13
 """Of one weight while scales are learned end to end: its code, itself, what gradients are gathered at, gradients."""
 MOVED_BYTES = 16
 """The same more where codes are learned too: an offset, its gradient, two moments."""
-LOGITS = 5
-"""Copies of a window's logits of one model, their logarithms and gradients."""
+LOGITS = 3
+"""Copies of a window's logits in float32: of both models, and gradients, in bfloat16; logarithms of a part."""
+KEPT_WEIGHTS = 0.6
+"""Of a head's attention weights, what learning end to end keeps: those at and below the diagonal, by parts."""
 TUNE_PASSES = 3.2
 """Forward passes of a step end to end: forward, backward twice that, weights, the teacher's head."""
 RUNG_PASSES, HEAD_PASSES = 8, 6
@@ -141,7 +143,8 @@ def _end_to_end_bytes(job: Job) -> float:
     config, length = job.model.config, job.tuning.length
     if not job.recipe.end_to_end.steps:
         return 0.0
-    tape = config.layers * length * (TAPE * config.hidden + 8 * config.intermediate + 2 * config.heads * length) * 2
+    kept = TAPE * config.hidden + 8 * config.intermediate + KEPT_WEIGHTS * config.heads * length
+    tape = 2 * config.layers * length * kept
     logits = LOGITS * length * config.vocab * 4
     each = TUNED_BYTES + (MOVED_BYTES if job.recipe.end_to_end.code_rate else 0)
     return each * config.layers * block_elements(job) + 3 * _row_bytes(job) + tape + logits

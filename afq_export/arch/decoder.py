@@ -44,9 +44,13 @@ def block(config: DecoderConfig, ops: Ops, x_BTD: Tensor) -> Tensor:
 
 def run_block(config: DecoderConfig, ops: Ops, x_BTD: Tensor, attend: Attend) -> Tensor:
     """The same with `attend`(q, k, v) for attention, unless `ops` have attention of their own (arch/static.py)."""
-    arch = family(config)
-    q, k, v = arch.attention_in(config, ops, x_BTD, rope_for(config, x_BTD.shape[1], x_BTD.dtype, x_BTD.device))
-    return arch.attention_out(config, ops, x_BTD, getattr(ops, "attend", attend)(q, k, v))
+    return family(config).attention_out(config, ops, x_BTD, attended(config, ops, x_BTD, attend))
+
+
+def attended(config: DecoderConfig, ops: Ops, x_BTD: Tensor, attend: Attend = causal_attention) -> Tensor:
+    """The first half of a block: what attention gives [B, T, H, d], before its projection."""
+    rope = rope_for(config, x_BTD.shape[1], x_BTD.dtype, x_BTD.device)
+    return getattr(ops, "attend", attend)(*family(config).attention_in(config, ops, x_BTD, rope))
 
 
 def head(ops: Ops, x_BTD: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import block, embed, family
 from afq_export.arch.ops import FloatOps, Ops, Weights
 from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
-from afq_export.calibrate.learn import BlockProblem, Learned, learn_block, measure
+from afq_export.calibrate.learn import MEASURED, TOLD, BlockProblem, Learned, learn_block, measure
 from afq_export.calibrate.ops import QuantizedPathOps, moved, token_power, token_weights
 from afq_export.calibrate.outer import head_grids, rows_grid
 from afq_export.calibrate.parameters import BlockParameters
@@ -75,6 +75,7 @@ def calibrate(
     rows = moved(model.embedding(), device)
     x_float = x_quant = store.collect((embed(config, rows, ids) for ids in ids_NT.split(batch)), shape)
     outer: dict[str, StaticRange] = {}
+    learns = recipe.learning.epochs > 0 or recipe.rounding.method == "learned"
     if tensor_bits:
         hidden = outer["hidden"] = rows_grid(rows, tensor_bits.of("hidden"))
         x_quant = store.collect((fake_quantize_static(x, hidden) for x in x_float.split(batch)), shape)
@@ -101,9 +102,12 @@ def calibrate(
                 recipe.kv_cache,
                 shards,
                 recipe.learning.held_out,
+                MEASURED if learns else TOLD,
             )
             exact = functools.partial(_exact, model, index, device)
-            result = _learn(problem, exact, x_float, choices, recipe, seed + index, index, config.layers, progress)
+            result = _learn(
+                problem, exact, x_float, choices, recipe, seed + index, index, config.layers, progress, store
+            )
             if shards.writes:
                 write_block(path, result)
             shards.wait()
@@ -156,6 +160,7 @@ def _learn(
     index: int,
     layers: int,
     progress: Progress,
+    store: ActivationStore,
 ) -> BlockResult:
     """Start values, learning, rounding, static ranges of one block. `exact` reads its weights in float64; `x_float` is
     the float path's input."""
@@ -174,7 +179,7 @@ def _learn(
     folded = fold_block(sites, transforms, exact())
     folded = {name: folded.pop(name).float() for name in list(folded)}
     clips = {role: clip.detach() for role, clip in learned.parameters.clips().items()}
-    done = round_block(problem, folded, clips, recipe.rounding, x_float, seed, tick)
+    done = round_block(problem, folded, clips, recipe.rounding, x_float, seed, tick, store)
     ranges, tensors = {}, {}
     activations = [record.spec.activation for record in problem.records.values()]
     if problem.tensor_bits:

@@ -17,6 +17,7 @@ from torch import Tensor
 from afq_export.arch.decoder import block, embed, head
 from afq_export.arch.ops import FloatOps, Weights
 from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
+from afq_export.calibrate.fused import divergence
 from afq_export.calibrate.ops import matmuls_in, moved
 from afq_export.calibrate.result import Calibration, Tuned
 from afq_export.calibrate.student import Student, student_of, tuned_result
@@ -152,8 +153,7 @@ def _window_divergence(
         with torch.no_grad():
             wanted = teacher.logits(window)
         found = student.logits(weights, teacher.ids[window])
-    wanted = wanted.float().log_softmax(-1)
-    return (wanted.exp() * (wanted - found.float().log_softmax(-1))).sum(-1).mean()
+    return divergence(wanted, found)
 
 
 @torch.no_grad()

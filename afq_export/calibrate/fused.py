@@ -8,6 +8,9 @@ from torch import Tensor
 
 from afq_export.arch.attention import apply_rope
 
+DISTRIBUTIONS = 1 << 22
+"""Numbers of two logits tensors that are gone through together: few enough to stay in a processor's cache."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x` [..., D] over its root mean square, times `weight` [D]: FloatOps' norm."""
@@ -22,6 +25,12 @@ def rotate(x_BTHd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
 def squared_errors(y_BTD: Tensor, targets: tuple[Tensor, ...], weights_BT1: Tensor) -> Tensor:
     """Weighted mean squared error to every target, averaged: a number."""
     return _SquaredErrors.apply(y_BTD, weights_BT1, *targets)
+
+
+def divergence(wanted_BTV: Tensor, found_BTV: Tensor) -> Tensor:
+    """Mean over tokens of KL(wanted || found) of the distributions behind two tensors of logits, in nats: a number,
+    computed in float32; gradients for `found` only."""
+    return _Divergence.apply(wanted_BTV, found_BTV)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -71,3 +80,26 @@ class _SquaredErrors(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         (slope,) = ctx.saved_tensors
         return slope * grad, None, *(None for _ in ctx.needs_input_grad[2:])
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, wanted: Tensor, found: Tensor) -> Tensor:
+        slope = torch.empty_like(found) if ctx.needs_input_grad[1] else None
+        tokens, vocabulary = found[..., 0].numel(), found.shape[-1]
+        total = torch.zeros((), device=found.device)
+        rows = max(1, DISTRIBUTIONS // vocabulary)
+        for start in range(0, tokens, rows):
+            part = slice(start, start + rows)
+            p, q = (logits.view(-1, vocabulary)[part].float().log_softmax(-1) for logits in (wanted, found))
+            shares = p.exp()
+            total += p.sub_(q).mul_(shares).sum()
+            if slope is not None:
+                slope.view(-1, vocabulary)[part] = q.exp_().sub_(shares).mul_(1 / tokens)
+        ctx.save_for_backward(slope)
+        return total / tokens
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (slope,) = ctx.saved_tensors
+        return None, slope * grad

@@ -10,15 +10,19 @@ so GPTQ runs on V with the Hessian H, and what 8-bit inputs and the linears befo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from afq_export.arch.decoder import block
+from afq_export.arch.config import DecoderConfig
+from afq_export.arch.decoder import attended, block, family
 from afq_export.arch.ops import FloatOps, Ops, Weights
 from afq_export.arch.static import INPUT_OF
-from afq_export.calibrate.activations import Rows
+from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
 from afq_export.calibrate.learn import BlockProblem
 from afq_export.calibrate.ops import QuantizedPathOps, matmuls_in
 from afq_export.errors import InputError
@@ -36,17 +40,27 @@ COLUMNS = 128
 
 @torch.no_grad()
 def gptq_block(
-    problem: BlockProblem, folded: Weights, clips: Mapping[str, Tensor], float_inputs: Rows | None, rounding: Rounding
+    problem: BlockProblem,
+    folded: Weights,
+    clips: Mapping[str, Tensor],
+    float_inputs: Rows | None,
+    rounding: Rounding,
+    store: ActivationStore = IN_MEMORY,
 ) -> dict[str, Tensor]:
     """Codes int8 [O, I] by role. Linears in running order; those that share an input are rounded together, on what the
     ones before them give. `float_inputs`: of the float path, None: only rounding errors are made good.
     Raises InputError when a Hessian is not positive definite."""
     codes: dict[str, Tensor] = {}
     partial = dict(folded)
+    paths = [_Path(problem.config, functools.partial(_QuantizedInput, problem, partial), problem.inputs)]
+    if float_inputs is not None:
+        paths.append(_Path(problem.config, functools.partial(_FloatInput, problem, folded), float_inputs))
     for role, record in problem.records.items():
         if role in codes:
             continue
-        hessian, cross = _moments(problem, partial, folded, role, float_inputs, rounding)
+        if INPUT_OF[role] == "attended":
+            paths = [path.past_attention(rounding, store) for path in paths]
+        hessian, cross = _moments(role, paths, rounding)
         for other in [r for r in problem.records if INPUT_OF[r] == INPUT_OF[role]]:
             weight, spec = folded[f"{other}.weight"], problem.records[other].spec.weight
             scales = weight_scales(weight, clips[other].float(), spec)
@@ -97,33 +111,63 @@ def gptq(weight_OI: Tensor, scales_OI: Tensor, hessian_II: Tensor, qmin: int, qm
     return codes[:, order.argsort()].to(torch.int8)
 
 
-def _moments(
-    problem: BlockProblem, partial: Weights, folded: Weights, role: str, float_inputs: Rows | None, rounding: Rounding
-) -> tuple[Tensor, Tensor | None]:
-    """(H, C) float64 [I, I] over all tokens, of the linear `role`; C None without `float_inputs`.
+@dataclasses.dataclass(frozen=True)
+class _Path:
+    """A way through the block: from its inputs [N, T, D] and, once the linears before attention are rounded, from what
+    attention gives [N, T, H, d], which the others do not change. `ops`(role) stop at that linear, `ops`("") at none."""
+
+    config: DecoderConfig
+    ops: Callable[[str], Ops]
+    inputs: Rows
+    attended: Rows | None = None
+
+    def past_attention(self, rounding: Rounding, store: ActivationStore) -> _Path:
+        """The same from attention on."""
+        shape = torch.Size((*self.inputs.shape[:2], self.config.heads, self.config.head_dim))
+        return dataclasses.replace(self, attended=store.collect(self._attended(rounding), shape))
+
+    def rows(self, role: str, rounding: Rounding) -> Iterable[Tensor]:
+        """Inputs [T, I], float32, of the linear `role`, some windows at a time."""
+        ops = self.ops(role)
+        behind = itertools.repeat(None) if self.attended is None else self.attended.split(rounding.batch)
+        for x, a in zip(self.inputs.split(rounding.batch), behind, strict=False):
+            with matmuls_in(rounding.autocast, x.device):
+                rows = self._reached(ops, x, a)
+            yield rows
+
+    def _attended(self, rounding: Rounding) -> Iterable[Tensor]:
+        ops = self.ops("")
+        for x in self.inputs.split(rounding.batch):
+            with matmuls_in(rounding.autocast, x.device):
+                a = attended(self.config, ops, x)
+            yield a.float()
+
+    def _reached(self, ops: Ops, x: Tensor, a: Tensor | None) -> Tensor:
+        try:
+            block(self.config, ops, x) if a is None else family(self.config).attention_out(self.config, ops, x, a)
+        except _Reached as reached:
+            rows = reached.args[0]
+            return rows.float().reshape(-1, rows.shape[-1])
+        raise AssertionError("every linear of a block runs")
+
+
+def _moments(role: str, paths: Sequence[_Path], rounding: Rounding) -> tuple[Tensor, Tensor | None]:
+    """(H, C) float64 [I, I] over all tokens, of the linear `role` on the quantized and the float path; C None without
+    the float one.
 
     Products of a batch are float32, their sums float64: statistics, damped by far more than their rounding.
     """
-    hessian = cross = torch.zeros((), dtype=torch.float64, device=partial[f"{role}.weight"].device)
-    others = problem.inputs if float_inputs is None else float_inputs
-    for x, x_float in zip(problem.inputs.split(rounding.batch), others.split(rounding.batch), strict=True):
-        with matmuls_in(rounding.autocast, x.device):
-            q = _reached(problem, _QuantizedInput(problem, partial, role), x)
-            f = q if float_inputs is None else _reached(problem, _FloatInput(problem, folded, role), x_float)
-        hessian = hessian + (q.T @ q).double()
-        if float_inputs is not None:
-            cross = cross + ((f - q).T @ q).double()
-    return hessian, None if float_inputs is None else cross
+    hessian = cross = None
+    for q, *f in zip(*(path.rows(role, rounding) for path in paths), strict=True):
+        hessian = _plus(hessian, q.T @ q)
+        if f:
+            cross = _plus(cross, (f[0] - q).T @ q)
+    assert hessian is not None, "there are windows"
+    return hessian, cross
 
 
-def _reached(problem: BlockProblem, ops: Ops, x: Tensor) -> Tensor:
-    """The rows [T, I], float32, that `ops` stop a block at."""
-    try:
-        block(problem.config, ops, x)
-    except _Reached as reached:
-        rows = reached.args[0]
-        return rows.float().reshape(-1, rows.shape[-1])
-    raise AssertionError("every linear of a block runs")
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.double() if total is None else total.add_(part)
 
 
 class _Reached(Exception):

@@ -28,8 +28,8 @@ from afq_export.spec.sites import Form
 RETRIES = 3
 """A block that diverges is tried again with a tenth of the stability factor this many times."""
 
-MEASURED = 16
-"""Windows that a block's loss is measured on when none are held out."""
+MEASURED, TOLD = 16, 4
+"""Windows that a block's loss is measured on when none are held out, and when nothing is chosen by it."""
 
 HELD_SHARE = 4
 """One in so many windows may be held out at most."""
@@ -56,12 +56,14 @@ class BlockProblem:
     """Windows are those of this process."""
     held_out: int = 0
     """Windows of all processes that nothing is learned on; less when there are few (`measured`)."""
+    most_measured: int = MEASURED
+    """Windows of all processes that losses are measured on when none are held out."""
 
     def measured(self) -> list[Tensor]:
-        """The windows that losses are measured on, shard by shard: those held out, else MEASURED spread over all."""
+        """The windows that losses are measured on, shard by shard: those held out, else `most_measured` over all."""
         windows = len(self.inputs)
         most = min(self.held_out, windows * self.shards.world // HELD_SHARE)
-        return self.shards.spread(windows, most if self.holds_out else MEASURED)
+        return self.shards.spread(windows, most if self.holds_out else self.most_measured)
 
     def batches(self, batch: int, generator: torch.Generator) -> list[Tensor]:
         """This process' windows of every step of an epoch, in random order; none that is held out."""
@@ -146,7 +148,7 @@ def measure(problem: BlockProblem, p: BlockParameters, opened: float, alpha: flo
 @torch.no_grad()
 def held_loss(problem: BlockProblem, weights: Weights, batch: int) -> float:
     """The loss of a block with quantized `weights` in float32, on the windows that are held out; where none are, on up
-    to MEASURED windows spread over all."""
+    to `most_measured` windows spread over all."""
     shards = problem.shards
 
     def of(windows: Tensor) -> float:

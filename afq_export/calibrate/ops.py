@@ -24,7 +24,7 @@ from afq_export.spec.recipe import FLOAT_CACHE, Autocast, KvCache
 Records = Mapping[str, LinearRecord]
 Ranges = Mapping[str, tuple[StaticRange, StaticRange | None]]
 """Role -> grid of the input, and of the output where the kernel leaves it on one."""
-CACHED = 1 << 16
+CACHED = 1 << 17
 """Numbers of a tensor that are gone through at a time."""
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from afq_export.arch.ops import Weights
-from afq_export.calibrate.activations import Rows
+from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
 from afq_export.calibrate.gptq import gptq_block
 from afq_export.calibrate.learn import BlockProblem, block_output_loss, held_loss
 from afq_export.calibrate.ops import matmuls_in, quantized_weights
@@ -49,13 +49,14 @@ def round_block(
     float_inputs: Rows,
     seed: int,
     tick: Callable[[int, int], None],
+    store: ActivationStore = IN_MEMORY,
 ) -> Rounded:
     """Codes of all linears of a block. `folded`: its float weights with the transforms in them, as quantize has it.
     `float_inputs`: the float path's inputs of the block [N, T, D]."""
     match rounding.method:
         case "gptq":
             whole = float_inputs if rounding.asymmetric else None
-            rounded = Rounded(gptq_block(problem, folded, clips, whole, rounding), dict(clips))
+            rounded = Rounded(gptq_block(problem, folded, clips, whole, rounding, store), dict(clips))
             loss = held_loss(problem, rounded_weights(problem, folded, rounded), rounding.batch)
             return dataclasses.replace(rounded, loss=loss)
         case "learned":

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from afq_export.arch.attention import apply_rope, causal_attention, rope_tables
 from afq_export.arch.config import Rope
-from afq_export.calibrate import attention
+from afq_export.calibrate import attention, fused
 from afq_export.calibrate.attention import attention_in_parts
-from afq_export.calibrate.fused import rms_norm, rotate, squared_errors
+from afq_export.calibrate.fused import divergence, rms_norm, rotate, squared_errors
 from afq_export.calibrate.ops import on_own_grid
 from afq_export.quantize.activations import fake_quantize_dynamic
 from afq_export.spec.quant import Granularity, QuantSpec
@@ -56,6 +57,28 @@ def test_norm_of_what_is_not_learned() -> None:
 def test_rotation() -> None:
     tables = rope_tables(Rope((1.0, 0.3, 0.01)), torch.arange(5))
     hold(both(lambda x: rotate(x, *tables), lambda x: apply_rope(x, *tables), random(2, 5, 3, 6)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [1, 3 * 40, 1 << 22])
+def test_divergence(numbers: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in parts of one, of three, and all together; their gradients in the logits' precision."""
+    monkeypatch.setattr(fused, "DISTRIBUTIONS", numbers)
+    wanted, found = (3 * random(2, 5, 40)).to(dtype), (3 * random(2, 5, 40).flip(-1)).to(dtype)
+    leaves = [found.clone().requires_grad_() for _ in range(2)]
+    loss = divergence(wanted, leaves[0])
+    plain = F.kl_div(
+        leaves[1].float().log_softmax(-1), wanted.float().log_softmax(-1), reduction="sum", log_target=True
+    )
+    for each in (loss, plain / 10):
+        (0.25 * each).backward()
+    loss, plain = float(loss.detach()), float(plain.detach()) / 10
+    assert loss == pytest.approx(plain, rel=1e-6) and loss > 1
+    torch.testing.assert_close(
+        leaves[0].grad, leaves[1].grad, rtol=2**-7 if dtype is torch.bfloat16 else 1e-4, atol=1e-7
+    )
+    with torch.no_grad():
+        assert float(divergence(wanted, found)) == loss
 
 
 @pytest.mark.parametrize("count", [1, 2])

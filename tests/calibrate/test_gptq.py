@@ -79,6 +79,25 @@ def test_every_linear_gets_codes_on_what_the_linears_before_it_give(model: Float
     assert gptq_block(unseen, found.weights, clips, unseen.inputs, Rounding(method="gptq")).keys() == plain.keys()
 
 
+@pytest.mark.parametrize("autocast", ["float32", "bfloat16"])
+def test_second_moments_are_float32_products_whatever_the_block_runs_in(
+    model: FloatCheckpoint, monkeypatch: pytest.MonkeyPatch, autocast: str
+) -> None:
+    """With fewer tokens than inputs most eigenvalues are 0: products in bfloat16 would make them negative."""
+    found, least = problem(model), []
+    few = dataclasses.replace(found, inputs=found.inputs[:1, :8])
+    clips = {role: torch.ones(r.spec.outputs, r.spec.groups) for role, r in found.records.items()}
+    rounded = module.gptq
+
+    def seen(weight: torch.Tensor, scales: torch.Tensor, hessian: torch.Tensor, *limits: int) -> torch.Tensor:
+        least.append(float(torch.linalg.eigvalsh(hessian)[0] / hessian.trace()))
+        return rounded(weight, scales, hessian, *limits)
+
+    monkeypatch.setattr(module, "gptq", seen)
+    gptq_block(few, found.weights, clips, few.inputs, Rounding(method="gptq", autocast=autocast))
+    assert len(least) == len(found.records) and min(least) > -1e-6
+
+
 def test_towards_the_float_path_the_blocks_come_nearer_to_it(model: FloatCheckpoint, tmp_path: Path) -> None:
     losses = []
     for asymmetric in ("false", "true"):
