@@ -130,7 +130,7 @@ def _block_bytes(job: Job) -> float:
     config, recipe, length = job.model.config, job.recipe, job.calibration.length
     weights = 4 * block_elements(job)
     batch = recipe.learning.batch * length
-    if not recipe.learning.epochs and recipe.rounding.method != "learned":
+    if not recipe.learns_blocks:
         widest = max(record.spec.inputs for record in job.records.values())
         hessians = HESSIANS * 8 * widest**2 if recipe.rounding.method == "gptq" else 0
         return FOLD_COPIES * weights + hessians

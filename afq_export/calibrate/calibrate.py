@@ -19,7 +19,7 @@ from afq_export.arch.decoder import block, embed, family
 from afq_export.arch.ops import FloatOps, Ops, Weights
 from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
 from afq_export.calibrate.learn import MEASURED, TOLD, BlockProblem, Learned, learn_block, measure
-from afq_export.calibrate.ops import QuantizedPathOps, moved, token_power, token_weights
+from afq_export.calibrate.ops import QuantizedPathOps, in_parts, moved, token_power, token_weights
 from afq_export.calibrate.outer import head_grids, rows_grid
 from afq_export.calibrate.parameters import BlockParameters
 from afq_export.calibrate.ranges import observe_ranges, observe_tensors
@@ -43,7 +43,7 @@ from afq_export.quantize.quantize import quantize_block
 from afq_export.quantize.tensors import TensorBits, visit_grids
 from afq_export.spec.history import History
 from afq_export.spec.quant import linear_name
-from afq_export.spec.recipe import Recipe
+from afq_export.spec.recipe import Autocast, Recipe
 
 
 def calibrate(
@@ -75,7 +75,6 @@ def calibrate(
     rows = moved(model.embedding(), device)
     x_float = x_quant = store.collect((embed(config, rows, ids) for ids in ids_NT.split(batch)), shape)
     outer: dict[str, StaticRange] = {}
-    learns = recipe.learning.epochs > 0 or recipe.rounding.method == "learned"
     if tensor_bits:
         hidden = outer["hidden"] = rows_grid(rows, tensor_bits.of("hidden"))
         x_quant = store.collect((fake_quantize_static(x, hidden) for x in x_float.split(batch)), shape)
@@ -102,7 +101,7 @@ def calibrate(
                 recipe.kv_cache,
                 shards,
                 recipe.learning.held_out,
-                MEASURED if learns else TOLD,
+                MEASURED if recipe.learns_blocks else TOLD,
             )
             exact = functools.partial(_exact, model, index, device)
             result = _learn(
@@ -233,6 +232,13 @@ def _quantized_output(
 
 
 @torch.no_grad()
-def run_block(config: DecoderConfig, ops: Ops, x_NTD: Rows, batch: int, store: ActivationStore = IN_MEMORY) -> Rows:
-    """One block over all windows, `batch` at a time."""
-    return store.collect((block(config, ops, part) for part in x_NTD.split(batch)), x_NTD.shape)
+def run_block(
+    config: DecoderConfig,
+    ops: Ops,
+    x_NTD: Rows,
+    batch: int,
+    store: ActivationStore = IN_MEMORY,
+    precision: Autocast = "float32",
+) -> Rows:
+    """One block over all windows, `batch` at a time, matmuls in `precision`."""
+    return store.collect(in_parts(functools.partial(block, config, ops), precision, batch, x_NTD), x_NTD.shape)

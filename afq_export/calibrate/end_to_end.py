@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from afq_export.arch.decoder import block, embed, head
+from afq_export.arch.decoder import embed, head
 from afq_export.arch.ops import FloatOps, Weights
-from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
+from afq_export.calibrate.activations import IN_MEMORY, ActivationStore
+from afq_export.calibrate.calibrate import run_block
 from afq_export.calibrate.fused import divergence
 from afq_export.calibrate.ops import matmuls_in, moved
 from afq_export.calibrate.result import Calibration, Tuned
@@ -109,19 +110,11 @@ class _Teacher:
         self.hidden = store.collect((embed(model.config, rows, ids) for ids in self.ids.split(plan.batch)), shape)
         for index in range(model.config.layers):
             ops = FloatOps(model.config, moved(model.block(index), store.device))
-            self.hidden = store.collect(self._block(ops, plan), shape)
+            self.hidden = run_block(model.config, ops, self.hidden, plan.batch, store, plan.autocast)
 
     def logits(self, window: Tensor) -> Tensor:
         """[1, T, V] of one window."""
         return head(self.ops, self.hidden[window])
-
-    @torch.no_grad()
-    def _block(self, ops: FloatOps, plan: EndToEnd) -> Iterable[Tensor]:
-        parts: Rows = self.hidden
-        for part in parts.split(plan.batch):
-            with matmuls_in(plan.autocast, part.device):
-                y = block(ops.config, ops, part)
-            yield y.float()
 
 
 def _step(student: Student, teacher: _Teacher, part: Tensor, plan: EndToEnd) -> float:

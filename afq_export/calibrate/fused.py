@@ -86,7 +86,8 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, wanted: Tensor, found: Tensor) -> Tensor:
         slope = torch.empty_like(found) if ctx.needs_input_grad[1] else None
-        tokens, vocabulary = found[..., 0].numel(), found.shape[-1]
+        vocabulary = found.shape[-1]
+        tokens = found.numel() // vocabulary
         total = torch.zeros((), device=found.device)
         rows = max(1, DISTRIBUTIONS // vocabulary)
         for start in range(0, tokens, rows):

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from afq_export.arch.ops import FloatOps, Ops, Weights
 from afq_export.arch.static import INPUT_OF
 from afq_export.calibrate.activations import IN_MEMORY, ActivationStore, Rows
 from afq_export.calibrate.learn import BlockProblem
-from afq_export.calibrate.ops import QuantizedPathOps, matmuls_in
+from afq_export.calibrate.ops import QuantizedPathOps, in_parts
 from afq_export.errors import InputError
 from afq_export.quantize.checkpoint import dequantize
 from afq_export.quantize.grid import weight_scales
@@ -124,30 +123,20 @@ class _Path:
     def past_attention(self, rounding: Rounding, store: ActivationStore) -> _Path:
         """The same from attention on."""
         shape = torch.Size((*self.inputs.shape[:2], self.config.heads, self.config.head_dim))
-        return dataclasses.replace(self, attended=store.collect(self._attended(rounding), shape))
+        through = functools.partial(attended, self.config, self.ops(""))
+        parts = in_parts(through, rounding.autocast, rounding.batch, self.inputs)
+        return dataclasses.replace(self, attended=store.collect(parts, shape))
 
-    def rows(self, role: str, rounding: Rounding) -> Iterable[Tensor]:
-        """Inputs [T, I], float32, of the linear `role`, some windows at a time."""
-        ops = self.ops(role)
-        behind = itertools.repeat(None) if self.attended is None else self.attended.split(rounding.batch)
-        for x, a in zip(self.inputs.split(rounding.batch), behind, strict=False):
-            with matmuls_in(rounding.autocast, x.device):
-                rows = self._reached(ops, x, a)
-            yield rows
+    def rows(self, role: str, rounding: Rounding) -> Iterator[Tensor]:
+        """Inputs [B, T, I], float32, of the linear `role`, some windows at a time."""
+        known = (self.inputs,) if self.attended is None else (self.inputs, self.attended)
+        return in_parts(functools.partial(self._reached, self.ops(role)), rounding.autocast, rounding.batch, *known)
 
-    def _attended(self, rounding: Rounding) -> Iterable[Tensor]:
-        ops = self.ops("")
-        for x in self.inputs.split(rounding.batch):
-            with matmuls_in(rounding.autocast, x.device):
-                a = attended(self.config, ops, x)
-            yield a.float()
-
-    def _reached(self, ops: Ops, x: Tensor, a: Tensor | None) -> Tensor:
+    def _reached(self, ops: Ops, x: Tensor, a: Tensor | None = None) -> Tensor:
         try:
             block(self.config, ops, x) if a is None else family(self.config).attention_out(self.config, ops, x, a)
         except _Reached as reached:
-            rows = reached.args[0]
-            return rows.float().reshape(-1, rows.shape[-1])
+            return reached.args[0]
         raise AssertionError("every linear of a block runs")
 
 
@@ -157,17 +146,13 @@ def _moments(role: str, paths: Sequence[_Path], rounding: Rounding) -> tuple[Ten
 
     Products of a batch are float32, their sums float64: statistics, damped by far more than their rounding.
     """
-    hessian = cross = None
-    for q, *f in zip(*(path.rows(role, rounding) for path in paths), strict=True):
-        hessian = _plus(hessian, q.T @ q)
-        if f:
-            cross = _plus(cross, (f[0] - q).T @ q)
-    assert hessian is not None, "there are windows"
-    return hessian, cross
-
-
-def _plus(total: Tensor | None, part: Tensor) -> Tensor:
-    return part.double() if total is None else total.add_(part)
+    hessian = cross = torch.zeros((), dtype=torch.float64)
+    for parts in zip(*(path.rows(role, rounding) for path in paths), strict=True):
+        q, *of_float = (rows.flatten(0, -2) for rows in parts)
+        hessian = hessian + (q.T @ q).double()
+        for f in of_float:
+            cross = cross + ((f - q).T @ q).double()
+    return hessian, cross if len(paths) > 1 else None
 
 
 class _Reached(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, amp
 from afq_export.arch.attention import causal_attention
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.ops import FloatOps, Weights
+from afq_export.calibrate.activations import Rows
 from afq_export.calibrate.attention import attention_in_parts
 from afq_export.calibrate.fused import rms_norm, rotate, squared_errors
 from afq_export.quantize.activations import fake_quantize_static, quantize_dynamic, range_grid, straight_through
@@ -123,6 +124,15 @@ def matmuls_in(precision: Autocast, device: torch.device) -> contextlib.Abstract
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+def in_parts(function: Callable[..., Tensor], precision: Autocast, size: int, *rows: Rows) -> Iterator[Tensor]:
+    """`function` of `size` windows of all `rows` at a time, float32. Its matmuls are in `precision`, not those of
+    whoever takes the results."""
+    for parts in zip(*(each.split(size) for each in rows), strict=True):
+        with matmuls_in(precision, parts[0].device):
+            y = function(*parts)
+        yield y.float()
 
 
 def moved(weights: Weights, device: torch.device) -> dict[str, Tensor]:

@@ -200,3 +200,8 @@ class Recipe(Data):
     samples: Samples = Samples()
     rounding: Rounding = Rounding()
     end_to_end: EndToEnd = EndToEnd()
+
+    @property
+    def learns_blocks(self) -> bool:
+        """Whether anything of a block is learned by gradients: transforms, clipping or rounding."""
+        return self.learning.epochs > 0 or self.rounding.method == "learned"
