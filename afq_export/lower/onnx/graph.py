@@ -81,7 +81,9 @@ class OnnxGraph:
         set_external_data(tensor, self.beside.name)
         save_external_data(tensor, str(self.beside.parent))
         tensor.ClearField("raw_data")
-        return tensor
+        place = TensorProto()
+        place.CopyFrom(tensor)  # protobuf's arena keeps what is cleared as long as the message
+        return place
 
     def _unique(self, name: str) -> str:
         found, count = name, 1
