@@ -146,13 +146,13 @@ def _moments(role: str, paths: Sequence[_Path], rounding: Rounding) -> tuple[Ten
 
     Products of a batch are float32, their sums float64: statistics, damped by far more than their rounding.
     """
-    hessian = cross = torch.zeros((), dtype=torch.float64)
+    sums: list[Tensor] = []
     for parts in zip(*(path.rows(role, rounding) for path in paths), strict=True):
         q, *of_float = (rows.flatten(0, -2) for rows in parts)
-        hessian = hessian + (q.T @ q).double()
-        for f in of_float:
-            cross = cross + ((f - q).T @ q).double()
-    return hessian, cross if len(paths) > 1 else None
+        products = (q.T @ q, *((f - q).T @ q for f in of_float))
+        sums = [s.add_(p) for s, p in zip(sums, products, strict=True)] if sums else [p.double() for p in products]
+    hessian, *cross = sums
+    return hessian, cross[0] if cross else None
 
 
 class _Reached(Exception):
