@@ -10,8 +10,13 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from afq_export.errors import InputError, MissingToolError
+from afq_export.spec.strict import Data
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "neon", "asimd", "asimddp", "i8mm", "sve")
 """Instruction sets that integer kernels choose between."""
@@ -119,20 +124,34 @@ def give_back_memory() -> None:
         libc.malloc_trim(0)
 
 
-def measured_gflops(seconds: float = 0.3) -> float:
-    """Float32 matmul speed of torch with its present threads, in 10^9 operations a second.
+class Speed(Data):
+    """Products of matrices in 10^9 operations a second, in each precision that a recipe may ask for."""
 
-    The fastest product counts: whatever else the machine does now makes the others slower.
+    float32: float
+    bfloat16: float
+
+
+def measured_speed(seconds: float = 0.3) -> Speed:
+    """Speed of torch's matmuls with its present threads, half of the time for each precision.
+
+    The fastest product counts: whatever else the machine does now makes the others slower. Bfloat16 is as slow as a
+    processor without instructions for it makes it.
     """
     import torch
 
-    a = torch.ones(PROBE_SIZE, PROBE_SIZE)
+    shape = PROBE_SIZE, PROBE_SIZE
+    probes = (torch.ones(shape, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    return Speed(*(_gflops(probe, seconds / 2) for probe in probes))
+
+
+def _gflops(a: Tensor, seconds: float) -> float:
+    """Of the square matrix `a` by itself."""
     a @ a
     start, least = time.perf_counter(), math.inf
     while (now := time.perf_counter()) - start < seconds:
         a @ a
         least = min(least, time.perf_counter() - now)
-    return 2 * PROBE_SIZE**3 / least / 1e9
+    return round(2 * PROBE_SIZE**3 / least / 1e9, 1)
 
 
 def _cpuinfo() -> dict[str, str]:

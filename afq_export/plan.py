@@ -1,4 +1,4 @@
-"""What a run would do, before it does it: transforms, kernels, size, and estimates of memory and time (estimate.py).
+"""What a run would do, before it does it: transforms, kernels, size, and estimates of memory and time (estimate/).
 
 Sizes are counted to the byte. N windows, T tokens each, D hidden width, V vocabulary.
 """
@@ -10,11 +10,13 @@ import math
 from afq_export.arch.config import DecoderConfig
 from afq_export.arch.decoder import family
 from afq_export.backends import backend
-from afq_export.estimate import Memory, Time, memory, time
+from afq_export.estimate.memory import Memory, memory
+from afq_export.estimate.time import Time, time
 from afq_export.fold.forms import SiteChoice
 from afq_export.fold.online import online_costs
 from afq_export.job import Job, Prepared
 from afq_export.load.model import expected_shapes
+from afq_export.machine import Speed
 from afq_export.quantize.cache import cache_facts
 from afq_export.quantize.checkpoint import LinearRecord
 from afq_export.report.layers import LayerGroup, layer_groups
@@ -55,8 +57,8 @@ class Plan(Data, kw_only=True):
     time: Time
 
 
-def plan(job: Job, gflops: float) -> Plan:
-    """The plan of `job` on a machine that multiplies matrices at `gflops` 10^9 operations a second."""
+def plan(job: Job, speed: Speed) -> Plan:
+    """The plan of `job` on a machine that multiplies matrices at `speed`."""
     config, calibration, evaluation = job.model.config, job.calibration, job.evaluation
     size = program_size(job)
     return Plan(
@@ -82,7 +84,7 @@ def plan(job: Job, gflops: float) -> Plan:
         layers=layer_groups(job.records),
         size=size,
         memory=memory(job, size),
-        time=time(job, gflops, size),
+        time=time(job, speed, size),
     )
 
 

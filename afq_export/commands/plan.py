@@ -18,7 +18,7 @@ def command(request: Request, as_json: Json = False) -> None:
     from afq_export.commands.stages import say_defaults, say_status
     from afq_export.files import refuse_unwritable
     from afq_export.job import resolve
-    from afq_export.machine import measured_gflops, settle
+    from afq_export.machine import measured_speed, settle
     from afq_export.plan import plan
 
     job = resolve(request, lowers=False)
@@ -26,7 +26,7 @@ def command(request: Request, as_json: Json = False) -> None:
     say_defaults(job)
     say_status(job)
     settle(job.threads)
-    made = plan(job, measured_gflops())
+    made = plan(job, measured_speed())
     emit(_text(made), made, as_json)
 
 
@@ -57,7 +57,7 @@ def _text(plan: Plan) -> str:
         f"{'files of the run folder' if memory.spilled else 'memory'} (--activation-memory-mb)",
         "time": f"about {duration(time.calibrate)} to calibrate, {duration(time.quantize)} to quantize, "
         f"{duration(time.lower)} to lower, {duration(time.validate)} to validate, "
-        f"at the {time.gflops:.0f} GFLOP/s measured just now",
+        f"at the {time.gflops.float32:.0f} GFLOP/s measured just now ({time.gflops.bfloat16:.0f} in bfloat16)",
     }
     folds = "\n".join([sites_table(plan.sites).text(), "", *site_reasons(plan.sites), *online_lines(plan.online)])
     sections = (_aligned(facts), folds, groups_text(plan.layers), "Estimates:", _aligned(estimates))

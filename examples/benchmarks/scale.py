@@ -182,7 +182,7 @@ def table(planned: dict, stages: dict) -> str:
     """Markdown: what was said and what was seen."""
     lines = [
         f"{planned['parameters']:,} parameters, {planned['blocks']} blocks of width {planned['hidden']}, "
-        f"{planned['recipe']}, {planned['calibration']}, {planned['time']['gflops']:.0f} GFLOP/s",
+        f"{planned['recipe']}, {planned['calibration']}, {planned['time']['gflops']['float32']:.0f} GFLOP/s",
         "",
         "| stage | plan MB | peak MB | plan / seen | plan s | CPU s | plan / seen | s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -264,7 +264,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     runner.add_argument("--threads", type=int, default=1)
     runner.add_argument("--blocks", type=int, default=0, help="calibrate that many, at least 2, and extrapolate")
     runner.add_argument("--minutes", type=float, default=600.0)
-    return parser.parse_args(own), rest
+    arguments = parser.parse_args(own)
+    if getattr(arguments, "blocks", 0) == 1 and arguments.action == "run":
+        runner.error("argument --blocks: one block does not show what those after the first take; at least 2")
+    return arguments, rest
 
 
 if __name__ == "__main__":
